@@ -1,0 +1,19 @@
+"""Fused kernels that choose, sample, gather and repack the video tokens of a Video-LLM."""
+
+from __future__ import annotations
+
+from cacovid_kernels._backend import backends, use_backend
+from cacovid_kernels.ops.select import allocate_budget, segmented_topk, select_tokens
+from cacovid_kernels.selection import Selection, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Selection",
+    "Status",
+    "allocate_budget",
+    "backends",
+    "segmented_topk",
+    "select_tokens",
+    "use_backend",
+]

@@ -1,0 +1,100 @@
+"""Which backend serves an op: chosen per call from the device of its tensors, the environment and `use_backend`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import lru_cache
+
+import torch
+
+# Packages that hold one module per op family, each with the same function names.
+PACKAGES = {"cpu": "cacovid_kernels.native", "reference": "cacovid_kernels.reference"}
+
+_forced: ContextVar[str | None] = ContextVar("cacovid_backend", default=None)
+
+
+def backends() -> dict[str, str]:
+    """Names of all backends, each with the reason why it cannot serve here, or an empty string.
+
+    Returns:
+        For example `{"cpu": "", "reference": ""}`.
+
+    Example:
+        >>> import cacovid_kernels
+        >>> cacovid_kernels.backends()["reference"]
+        ''
+    """
+    from cacovid_kernels import native
+
+    return {"cpu": native.unavailable, "reference": ""}
+
+
+def _check_name(name: str, where: str) -> str:
+    if name != "auto" and name not in PACKAGES:
+        raise ValueError(f"{where}: backend {name!r} must be one of {['auto', *PACKAGES]}.")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serves every op inside the `with` block from one backend.
+
+    Args:
+        name: "cpu", "reference", or "auto" for the usual choice. The environment variable
+            `CACOVID_BACKEND` sets the same for a whole process.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: on the first op, if the backend cannot serve it; the message says why.
+
+    Example:
+        >>> import torch, cacovid_kernels as ck
+        >>> with ck.use_backend("reference"):
+        ...     ck.segmented_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+        tensor([1, 2])
+    """
+    token = _forced.set(_check_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@lru_cache(maxsize=None)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"cacovid_kernels answers through its slow reference backend: {reason}", stacklevel=4)
+
+
+def _choose(device_type: str) -> str:
+    forced = _forced.get() or os.environ.get("CACOVID_BACKEND") or "auto"
+    if _check_name(forced, "CACOVID_BACKEND") != "auto":
+        if forced == "cpu" and device_type != "cpu":
+            raise RuntimeError(
+                f"backend 'cpu' cannot serve tensors on {device_type!r}. Move them to the CPU, or use 'auto'."
+            )
+        return forced
+    if device_type == "cpu" and not backends()["cpu"]:
+        return "cpu"
+    _warn_once(backends()["cpu"] if device_type == "cpu" else f"no kernels for device {device_type!r} are built")
+    return "reference"
+
+
+@lru_cache(maxsize=None)
+def _implementation(backend: str, family: str, op: str) -> Callable:
+    return getattr(importlib.import_module(f"{PACKAGES[backend]}.{family}"), op)
+
+
+# The usual call, a CPU tensor and nothing forced, must not pay for the general rule.
+_cpu_engine_by_default = not os.environ.get("CACOVID_BACKEND") and not backends()["cpu"]
+
+
+def implementation(family: str, op: str, device: torch.device) -> Callable:
+    """The function that serves `op` for tensors on `device`."""
+    if _cpu_engine_by_default and device.type == "cpu" and _forced.get() is None:
+        return _implementation("cpu", family, op)
+    return _implementation(_choose(device.type), family, op)

@@ -1,0 +1,25 @@
+"""The CPU engine: adapters that allocate outputs and call the compiled module `cacovid_kernels._C`."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from cacovid_kernels import _C
+
+    unavailable = ""
+except ImportError as error:  # a pure-Python checkout, or a platform without a compiler
+    _C = None  # type: ignore[assignment]
+    unavailable = f"the compiled module cacovid_kernels._C is missing ({error}). Install with `pip install .`."
+
+
+def engine():
+    """The compiled module; RuntimeError with cause and remedy where there is none."""
+    if _C is None:
+        raise RuntimeError(f"backend 'cpu' cannot serve: {unavailable}")
+    return _C
+
+
+def num_threads() -> int:
+    """Threads an op may use: torch's own setting, so that one knob governs both."""
+    return torch.get_num_threads()

@@ -1,0 +1,56 @@
+"""Budget, selection and segmented top-k on the CPU engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels.native import engine, num_threads
+
+
+def allocate_budget(
+    frame_scores: Tensor,
+    grid_thw: list[int],
+    num_keep: list[int],
+    keep_ratio: list[float],
+    importance_ratio: float,
+    max_frame_ratio: list[float],
+    strict: bool,
+) -> tuple[Tensor, Tensor]:
+    counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64)
+    status = torch.empty(len(num_keep), dtype=torch.int32)
+    engine().allocate_budget(
+        frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, counts, status
+    )
+    return counts, status
+
+
+def select_tokens(
+    token_scores: Tensor,
+    frame_scores: Tensor | None,
+    grid_thw: list[int],
+    num_keep: list[int],
+    keep_ratio: list[float],
+    importance_ratio: float,
+    max_frame_ratio: list[float],
+    strict: bool,
+    fill: bool,
+    by_score: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    indices = torch.empty(sum(num_keep), dtype=torch.int64)
+    frame_counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64)
+    status = torch.empty(len(num_keep), dtype=torch.int32)
+    engine().select_tokens(
+        token_scores, frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio,
+        strict, fill, by_score, num_threads(), indices, frame_counts, status,
+    )  # fmt: skip
+    return indices, frame_counts, status
+
+
+def segmented_topk(
+    scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool
+) -> tuple[Tensor, Tensor]:
+    indices = torch.empty(sum(k), dtype=torch.int64)
+    status = torch.empty(len(k), dtype=torch.int32)
+    engine().segmented_topk(scores, cu_seqlens, k, by_score, num_threads(), indices, status)
+    return indices, status

@@ -1,0 +1,280 @@
+"""Budgeted selection: tokens per frame, the best of every frame, a uniform fill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels._library import Op
+from cacovid_kernels.ops._checks import (
+    Grid,
+    check_choice,
+    check_same_device,
+    check_scores,
+    describe,
+    parse_budget,
+    parse_grid,
+)
+from cacovid_kernels.selection import Selection, raise_if_flagged
+
+_BUDGET = (
+    "SymInt[] grid_thw, SymInt[] num_keep, float[] keep_ratio, float importance_ratio, "
+    "float[] max_frame_ratio, bool strict"
+)
+
+
+def _fake_allocate(frame_scores, grid_thw, num_keep, *_):
+    counts = frame_scores.new_empty(sum(grid_thw[::3]), dtype=torch.int64)
+    return counts, frame_scores.new_empty(len(num_keep), dtype=torch.int32)
+
+
+def _fake_select(token_scores, frame_scores, grid_thw, num_keep, *_):
+    indices = token_scores.new_empty(sum(num_keep), dtype=torch.int64)
+    counts = token_scores.new_empty(sum(grid_thw[::3]), dtype=torch.int64)
+    return indices, counts, token_scores.new_empty(len(num_keep), dtype=torch.int32)
+
+
+def _fake_topk(scores, cu_seqlens, k, by_score):
+    return scores.new_empty(sum(k), dtype=torch.int64), scores.new_empty(len(k), dtype=torch.int32)
+
+
+_allocate_budget = Op(
+    "select", f"allocate_budget(Tensor frame_scores, {_BUDGET}) -> (Tensor, Tensor)", _fake_allocate
+)
+_select_tokens = Op(
+    "select",
+    f"select_tokens(Tensor token_scores, Tensor? frame_scores, {_BUDGET}, bool fill, bool by_score) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_select,
+)
+_segmented_topk = Op(
+    "select",
+    "segmented_topk(Tensor scores, SymInt[] cu_seqlens, SymInt[] k, bool by_score) -> (Tensor, Tensor)",
+    _fake_topk,
+)
+
+
+def _check_frames(op: str, frame_scores: Tensor, grid: Grid) -> None:
+    check_scores(op, "frame_scores", frame_scores)
+    frames = sum(t for t, _, _ in grid)
+    if frame_scores.numel() != frames or frame_scores.dim() > 2:
+        raise ValueError(
+            f"{op}: frame_scores must hold one score for each of the {frames} frames of grid_thw "
+            f"(frame_scores: {describe(frame_scores)}). Pass [F], or [B, T] for videos of equal length."
+        )
+
+
+def allocate_budget(
+    frame_scores: Tensor,
+    grid_thw: Sequence[Sequence[int]] | Tensor | None = None,
+    *,
+    keep_ratio: float | None = None,
+    num_tokens: int | Sequence[int] | None = None,
+    importance_ratio: float = 0.5,
+    max_frame_ratio: float | None = None,
+    mode: str = "official",
+    check: str = "flag",
+) -> Tensor:
+    """Divides each video's score-ranked tokens among its frames by their importance.
+
+    The total is exact: floor(importance_ratio * keep_ratio * tokens). A frame's share is the softmax of its
+    score scaled to [-3, 3], clipped; rounding errors are then levelled, one token at a time from the largest
+    counts or to the smallest, which is computed as a water level in closed form.
+
+    Args:
+        frame_scores: `[F]` packed over all videos, or `[B, T]`; float32, bfloat16 or float16.
+        grid_thw: (frames, rows, columns) per video, on the host.
+        keep_ratio: share of tokens kept, in (0, 1]. Either this or `num_tokens`.
+        num_tokens: tokens kept per video, one number or one per video.
+        importance_ratio: share of the kept tokens that are chosen by score, in [0, 1].
+        max_frame_ratio: most of a frame that may be kept, before the importance ratio; default 1.5 times the
+            keep ratio.
+        mode: "official" reproduces the published implementation, where levelling may exceed an infeasible cap;
+            "strict" refuses a cap below the keep ratio.
+        check: "flag" ignores odd values (-inf and NaN get the smallest share); "raise" makes them an error.
+
+    Returns:
+        `[F]` int64, tokens per frame.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; one line says which.
+
+    Example:
+        >>> import torch, cacovid_kernels as ck
+        >>> ck.allocate_budget(torch.tensor([0.0, 1.0, 2.0, 3.0]), [(4, 4, 4)], keep_ratio=0.25)
+        tensor([1, 1, 3, 3])
+
+    Source: CaCoVID (arXiv 2602.01649), published `sample_token_eval`.
+    """
+    op = "allocate_budget"
+    if grid_thw is None:
+        raise ValueError(f"{op}: grid_thw is needed. Pass (frames, rows, columns) per video.")
+    grid = parse_grid(op, grid_thw, frame_scores)
+    _check_frames(op, frame_scores, grid)
+    check_choice(op, "mode", mode, ("official", "strict"))
+    check_choice(op, "check", check, ("flag", "raise"))
+    strict = mode == "strict"
+    budget = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict)
+    kept, ratios, caps = budget
+    flat = [n for video in grid for n in video]
+    counts, status = _allocate_budget(
+        frame_scores.detach(), flat, kept, ratios, importance_ratio, caps, strict
+    )
+    if check == "raise":
+        raise_if_flagged(op, status, "video")
+    return counts
+
+
+def select_tokens(
+    token_scores: Tensor,
+    frame_scores: Tensor | None = None,
+    grid_thw: Sequence[Sequence[int]] | Tensor | None = None,
+    *,
+    keep_ratio: float | None = None,
+    num_tokens: int | Sequence[int] | None = None,
+    importance_ratio: float = 0.5,
+    max_frame_ratio: float | None = None,
+    fill: str = "uniform",
+    order: str = "index",
+    mode: str = "official",
+    check: str = "flag",
+) -> Selection:
+    """Chooses which video tokens to keep: a budget per frame, the best tokens of every frame, a uniform fill.
+
+    Args:
+        token_scores: `[N]` packed over all videos, `[T, P]` or `[B, T, P]`; float32, bfloat16 or float16,
+            larger = kept first. Ties go to the lower index, -inf ranks after every finite score, NaN last.
+        frame_scores: `[F]` or `[B, T]` importance of the frames; None gives every frame the same budget.
+        grid_thw: (frames, rows, columns) per video after any spatial merge, on the host. Not needed for
+            dense scores.
+        keep_ratio: share of tokens kept, in (0, 1]; floor(keep_ratio * tokens), at least one, are kept.
+        num_tokens: tokens kept per video instead of a ratio, one number or one per video.
+        importance_ratio: share of the kept tokens chosen by score, in [0, 1]; the rest fill uniformly.
+        max_frame_ratio: most of a frame that may be kept by score, before the importance ratio; default
+            1.5 times the keep ratio.
+        fill: "uniform" spreads the rest over the tokens that were not chosen; "none" leaves them out, so that
+            only floor(importance_ratio * keep_ratio * tokens) are kept.
+        order: "index" (time, then space) or "score" (falling score within each video).
+        mode: "official" reproduces the published evaluation index for index; "strict" refuses infeasible frame
+            caps and spaces the fill by exact fractions.
+        check: "flag" records odd scores in `Selection.status`; "raise" makes them an error, at the price of
+            a synchronisation on a GPU.
+
+    Returns:
+        A `Selection` whose sizes are known on the host. Indices carry no gradient.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; one line says which.
+
+    Example:
+        >>> import torch, cacovid_kernels as ck
+        >>> scores = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.8, 0.1, 0.7, 0.2]])
+        >>> ck.select_tokens(scores, keep_ratio=0.5, importance_ratio=1.0).indices
+        tensor([1, 3, 4, 6])
+
+    Source: CaCoVID (arXiv 2602.01649), published `sample_token_eval` and `div_sample_eval`.
+    """
+    op = "select_tokens"
+    check_scores(op, "token_scores", token_scores)
+    check_choice(op, "fill", fill, ("uniform", "none"))
+    check_choice(op, "order", order, ("index", "score"))
+    check_choice(op, "mode", mode, ("official", "strict"))
+    check_choice(op, "check", check, ("flag", "raise"))
+    grid = parse_grid(op, grid_thw, token_scores)
+    tokens = sum(t * h * w for t, h, w in grid)
+    if token_scores.numel() != tokens or not 1 <= token_scores.dim() <= 3:
+        raise ValueError(
+            f"{op}: token_scores must hold one score for each of the {tokens} tokens of grid_thw={list(grid)} "
+            f"(token_scores: {describe(token_scores)}). Pass [N], [T, P] or [B, T, P]."
+        )
+    if frame_scores is not None:
+        _check_frames(op, frame_scores, grid)
+        check_same_device(op, token_scores=token_scores, frame_scores=frame_scores)
+        frame_scores = frame_scores.detach()
+    strict, uniform = mode == "strict", fill == "uniform"
+    budget = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, uniform)
+    kept, ratios, caps = budget
+    token_scores = _rows_of_frames(token_scores, grid)
+    flat = [n for video in grid for n in video]
+    indices, frame_counts, status = _select_tokens(
+        token_scores, frame_scores, flat, kept, ratios, float(importance_ratio), caps, strict, uniform, order == "score"
+    )  # fmt: skip
+    if check == "raise":
+        raise_if_flagged(op, status, "video")
+    return Selection(indices, frame_counts, status, tuple(kept), grid)
+
+
+def _rows_of_frames(scores: Tensor, grid: Grid) -> Tensor:
+    """Detached scores; a dense shape whose last axis is not one frame becomes packed."""
+    scores = scores.detach() if scores.requires_grad else scores
+    if scores.dim() == 1 or all(h * w == scores.shape[-1] for _, h, w in grid):
+        return scores
+    return scores.reshape(-1)
+
+
+def segmented_topk(
+    scores: Tensor,
+    k: int | Sequence[int],
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    *,
+    order: str = "index",
+    check: str = "flag",
+) -> Tensor:
+    """Finds the k best scores of every segment.
+
+    Args:
+        scores: `[N]` with `cu_seqlens`, or `[S, P]` for segments of equal length, or `[N]` alone for one
+            segment; float32, bfloat16 or float16. Ties go to the lower index, NaN ranks last.
+        k: how many per segment, one number or one per segment, each in [0, length].
+        cu_seqlens: S + 1 segment boundaries on the host, from 0 to N, never falling.
+        order: "index" (ascending) or "score" (falling score).
+        check: "flag" ranks NaN last silently; "raise" makes NaN and +inf an error.
+
+    Returns:
+        `[sum of k]` int64, flat positions, segment by segment.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; one line says which.
+
+    Example:
+        >>> import torch, cacovid_kernels as ck
+        >>> ck.segmented_topk(torch.tensor([0.3, 0.1, 0.2, 0.5, 0.4]), 1, cu_seqlens=[0, 3, 5])
+        tensor([0, 3])
+    """
+    op = "segmented_topk"
+    check_scores(op, "scores", scores)
+    check_choice(op, "order", order, ("index", "score"))
+    check_choice(op, "check", check, ("flag", "raise"))
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError(
+                f"{op}: cu_seqlens is on {cu_seqlens.device}; reading it would synchronise. Pass a list, made once."
+            )
+        cu_seqlens = cu_seqlens.tolist()
+    if cu_seqlens is None:
+        if not 1 <= scores.dim() <= 2:
+            raise ValueError(f"{op}: scores must be [N] or [S, P] (scores: {describe(scores)}).")
+        rows, length = (1, scores.shape[0]) if scores.dim() == 1 else scores.shape
+        cu_seqlens = [i * length for i in range(rows + 1)]
+    elif scores.dim() != 1:
+        raise ValueError(f"{op}: scores must be [N] when cu_seqlens is given (scores: {describe(scores)}).")
+    bounds = list(cu_seqlens)
+    if not bounds or bounds[0] != 0 or bounds[-1] != scores.numel() or sorted(bounds) != bounds:
+        raise ValueError(f"{op}: cu_seqlens={bounds[:8]} must rise from 0 to N={scores.numel()}.")
+    segments = len(bounds) - 1
+    ks = [k] * segments if isinstance(k, (int, torch.SymInt)) else list(k)
+    if len(ks) != segments:
+        raise ValueError(f"{op}: k has {len(ks)} entries for {segments} segments.")
+    for s, want in enumerate(ks):
+        if not 0 <= want <= bounds[s + 1] - bounds[s]:
+            raise ValueError(
+                f"{op}: k={want} must be in [0, {bounds[s + 1] - bounds[s]}], the length of segment {s} "
+                f"(scores: {describe(scores)}). Lower k."
+            )
+    scores = scores.detach() if scores.requires_grad else scores
+    indices, status = _segmented_topk(scores, bounds, ks, order == "score")
+    if check == "raise":
+        raise_if_flagged(op, status, "segment")
+    return indices

@@ -1,0 +1,126 @@
+"""What a selection is: which tokens of which video are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from functools import cached_property, reduce
+from itertools import accumulate
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels._masks import masked_positions
+
+
+class Status(IntFlag):
+    """What was odd about the values of a row or video; 0 when nothing was."""
+
+    OK = 0
+    NAN = 1
+    POSINF = 2
+    SHORT = 4
+    OUT_OF_BOUNDS = 8
+
+
+def raise_if_flagged(op: str, status: Tensor, what: str, fatal: Status = ~Status.OK) -> None:
+    """ValueError naming the first flagged row. Reads the status on the host: one synchronisation."""
+    for row, value in enumerate(status.reshape(-1).tolist()):
+        if value & fatal:
+            flags = " | ".join(f.name or "" for f in Status if value & f)
+            raise ValueError(f'{op}: {what} {row} has {flags} values. Clean them, or pass check="flag".')
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept tokens of a batch of videos, packed along one token axis.
+
+    Attributes:
+        indices: `[K]` int64, flat positions in the packed axis, video by video; ascending unless the
+            selection was made with `order="score"`.
+        frame_counts: `[F]` int64, kept tokens per frame, over all videos.
+        status: `[B]` int32, bits of `Status` per video.
+        lengths: kept tokens per video, known on the host.
+        grid_thw: frames, rows and columns per video, known on the host.
+    """
+
+    indices: Tensor
+    frame_counts: Tensor
+    status: Tensor
+    lengths: tuple[int, ...]
+    grid_thw: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens before the selection, over all videos."""
+        return sum(t * h * w for t, h, w in self.grid_thw)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """`[B + 1]` int32 prefix sums of `lengths`, as variable-length attention takes them."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.indices.device)
+
+    def mask(self) -> Tensor:
+        """`[N]` bool over the packed token axis: true where a token is kept."""
+        mask = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.indices.device)
+        return mask.scatter_(0, self.indices, True)
+
+    def padded_indices(self, side: str = "left") -> Tensor:
+        """`[B, max(lengths)]` int64: the indices of each video, padded with -1 on `side` ("left" or "right")."""
+        if side not in ("left", "right"):
+            raise ValueError(f'Selection.padded_indices: side={side!r} must be "left" or "right".')
+        longest = max(self.lengths, default=0)
+        rows = []
+        for kept in self.indices.split(list(self.lengths)):
+            missing = longest - kept.numel()
+            pad = (missing, 0) if side == "left" else (0, missing)
+            rows.append(torch.nn.functional.pad(kept, pad, value=-1))
+        return torch.stack(rows) if rows else self.indices.new_empty(0, 0)
+
+    def within(self, token_mask: Tensor) -> Selection:
+        """The same selection inside longer prompts: everything that is no video token is kept too.
+
+        Args:
+            token_mask: `[L]` or `[B, L]` bool, true at the video tokens, in packed order. Each row holds
+                an equal share of the videos, whole ones.
+
+        Returns:
+            A selection over the `L` (or `B * L`) positions, one entry of `lengths` per row; each row counts
+            as one frame of L tokens.
+
+        Raises:
+            ValueError: the mask has another dtype or rank, or its rows cannot hold the videos. On a CPU also
+                when it does not mark exactly the selection's tokens; elsewhere that would need a host read.
+        """
+        rows = token_mask.unsqueeze(0) if token_mask.dim() == 1 else token_mask
+        if rows.dtype != torch.bool or rows.dim() != 2 or len(self.lengths) % max(rows.shape[0], 1):
+            raise ValueError(
+                f"Selection.within: token_mask {list(token_mask.shape)} {token_mask.dtype} must be a bool mask [L] "
+                f"or [B, L] whose rows hold {len(self.lengths)} videos evenly. Mark the video tokens of each prompt."
+            )
+        per_row = len(self.lengths) // rows.shape[0]
+        tokens = [t * h * w for t, h, w in self.grid_thw]
+        dropped = [n - kept for n, kept in zip(tokens, self.lengths, strict=True)]
+        lengths = tuple(
+            rows.shape[1] - sum(dropped[b * per_row : (b + 1) * per_row]) for b in range(rows.shape[0])
+        )
+        flat = rows.reshape(-1)
+        if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+            marked = rows.sum(1).tolist()
+            expected = [sum(tokens[b * per_row : (b + 1) * per_row]) for b in range(rows.shape[0])]
+            if marked != expected:
+                raise ValueError(
+                    f"Selection.within: token_mask marks {marked} video tokens per row, grid_thw says {expected}. "
+                    f"Pass the mask of the prompt that was scored."
+                )
+        positions = masked_positions(flat, self.num_tokens)
+        keep = (~flat).scatter(0, positions.clamp(max=flat.numel() - 1)[self.indices], True)
+        counts = torch.tensor(lengths, dtype=torch.int64, device=flat.device)
+        return Selection(
+            indices=masked_positions(keep, sum(lengths)),
+            frame_counts=counts,
+            status=reduce(or_, self.status.reshape(rows.shape[0], per_row).unbind(1)),
+            lengths=lengths,
+            grid_thw=tuple((1, 1, rows.shape[1]) for _ in lengths),
+        )

@@ -1,0 +1,3 @@
+#define CACOVID_LOOPS baseline_loops
+#define CACOVID_LOOPS_NAME "baseline"
+#include "isa/hot_loops.inl"

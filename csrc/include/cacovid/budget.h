@@ -1,0 +1,70 @@
+// How many tokens each frame keeps: the arithmetic of one video.
+#pragma once
+
+#include <cmath>
+
+#include "cacovid/exact.h"
+
+namespace cacovid {
+
+// Everything about a video's budget that the host knows before it sees a score.
+struct BudgetPlan {
+  int64_t frames = 0;
+  int64_t tokens_per_frame = 0;
+  int64_t num_keep = 0;    // tokens kept in the video, exactly
+  int64_t num_ranked = 0;  // of these, how many are chosen by score; the rest fill uniformly
+  int64_t cap = 0;         // most ranked tokens of one frame before levelling
+  double quota = 0;        // ranked tokens that the frame weights are multiplied with
+  double weight_min = 0;   // clip of the frame softmax
+  double weight_max = 0;
+  bool float_ranks = false;  // uniform ranks as float32 linspace (published code) or exact integers
+};
+
+struct BudgetOptions {
+  double keep_ratio;
+  double importance_ratio;
+  double max_frame_ratio;
+  bool strict;
+  bool fill;
+};
+
+// The order of the products is that of the published code: it decides which side of an integer they fall.
+inline BudgetPlan plan_budget(int64_t t, int64_t h, int64_t w, int64_t num_keep, const BudgetOptions& o) {
+  BudgetPlan p;
+  p.frames = t;
+  p.tokens_per_frame = h * w;
+  p.num_keep = num_keep;
+  const double dt = static_cast<double>(t), dh = static_cast<double>(h), dw = static_cast<double>(w);
+  const double ranked = o.importance_ratio * o.keep_ratio * dh * dw * dt;
+  const int64_t floor_ranked = static_cast<int64_t>(std::floor(ranked));
+  p.num_ranked = !o.fill || o.importance_ratio == 1.0 || floor_ranked > num_keep ? num_keep : floor_ranked;
+  p.quota = round_even(ranked);
+  p.weight_min = 1.0 / (2.0 * dt);
+  p.weight_max = 1.0 / (dt * o.keep_ratio) * o.max_frame_ratio;
+  p.cap = static_cast<int64_t>(o.importance_ratio * dh * dw * o.max_frame_ratio);
+  const int64_t feasible = (p.num_ranked + t - 1) / (t > 0 ? t : 1);
+  if (o.strict && p.cap < feasible) p.cap = feasible;
+  if (p.cap > p.tokens_per_frame) p.cap = p.tokens_per_frame;
+  // float32 ranks stay strictly increasing while the spacing exceeds 1 by more than its rounding.
+  const double last = static_cast<double>(p.frames * p.tokens_per_frame - p.num_ranked - 1);
+  const double gaps = static_cast<double>(p.num_keep - p.num_ranked - 1);
+  p.float_ranks =
+      !o.strict && last < 16777216.0 && gaps > 0 && last > gaps * (1.0 + (last + 1.0) * 4.76837158203125e-07);
+  return p;
+}
+
+// Position, among `unranked` tokens, of the j-th of `count` uniformly spaced picks.
+CACOVID_HD int64_t fill_rank(int64_t j, int64_t count, int64_t unranked, bool float_ranks) {
+  if (count <= 1) return 0;
+  if (float_ranks) {
+    const float last = static_cast<float>(unranked - 1);
+    const float step = last / static_cast<float>(count - 1);
+    const float x = j < count / 2 ? step * static_cast<float>(j) : last - step * static_cast<float>(count - 1 - j);
+    return static_cast<int64_t>(round_even(static_cast<double>(x)));
+  }
+  const int64_t numerator = j * (unranked - 1), denominator = count - 1;
+  const int64_t quotient = numerator / denominator, twice = 2 * (numerator % denominator);
+  return quotient + (twice > denominator || (twice == denominator && (quotient & 1)) ? 1 : 0);
+}
+
+}  // namespace cacovid

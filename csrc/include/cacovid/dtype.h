@@ -1,0 +1,58 @@
+// Element types of the tensors that cross the core's boundary.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace cacovid {
+
+enum class DType : int32_t { f32, f16, bf16, f64, i64, i32, i16, i8, u8, b8 };
+
+constexpr int64_t item_size(DType t) {
+  switch (t) {
+    case DType::f64:
+    case DType::i64: return 8;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::f16:
+    case DType::bf16:
+    case DType::i16: return 2;
+    default: return 1;
+  }
+}
+
+constexpr bool is_floating(DType t) {
+  return t == DType::f32 || t == DType::f16 || t == DType::bf16 || t == DType::f64;
+}
+
+// Storage bits to float, exact for every input. Branch-free, so that loops over them vectorise.
+inline __attribute__((always_inline)) float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline __attribute__((always_inline)) uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline __attribute__((always_inline)) float load_float(float x) { return x; }
+struct bf16_t {
+  uint16_t bits;
+};
+inline __attribute__((always_inline)) float load_float(bf16_t x) {
+  return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
+}
+struct f16_t {
+  uint16_t bits;
+};
+inline __attribute__((always_inline)) float load_float(f16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  // Shift the exponent from bias 15 to 127 by a product: exact for subnormals too.
+  const uint32_t finite = float_to_bits(bits_to_float(magnitude) * 5.192296858534828e33f);  // 2^112
+  const uint32_t special = magnitude | 0x7f800000u;                                         // inf and NaN
+  return bits_to_float(sign | ((x.bits & 0x7c00u) == 0x7c00u ? special : finite));
+}
+
+}  // namespace cacovid

@@ -1,0 +1,34 @@
+// The whole core API. No function allocates an output, throws or aborts; shapes are the caller's duty
+// (python/ checks them), values never are: any score, index or NaN is memory-safe.
+#pragma once
+
+#include "cacovid/budget.h"
+#include "cacovid/status.h"
+#include "cacovid/tensor.h"
+
+namespace cacovid::cpu {
+
+// Videos of a call, packed one after another along the token axis.
+struct Videos {
+  const BudgetPlan* plans;
+  int64_t count;
+};
+
+// ---- select -------------------------------------------------------------------------------------
+// frame_scores [F] or [B, T] f32 | f16 | bf16 or undefined (all frames equal) -> counts [F] i64, status [B] i32.
+void allocate_budget(Tensor frame_scores, Videos videos, int64_t* counts, int32_t* status);
+
+// token_scores [N], [T, P] or [B, T, P] f32 | f16 | bf16 -> indices [sum of num_keep] i64, flat positions,
+// ascending or by falling score; frame_counts [F] i64, fill included; status [B] i32.
+void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool by_score, int threads,
+                   int64_t* indices, int64_t* frame_counts, int32_t* status);
+
+// scores [N] or [S, P]; segment s is [offsets[s], offsets[s + 1]) of the flat axis and keeps k[s] of them
+// -> indices [sum of k] i64 flat positions, status [S] i32.
+void segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int64_t segments, bool by_score,
+                    int threads, int64_t* indices, int32_t* status);
+
+// ---- engine -------------------------------------------------------------------------------------
+const char* isa_name();  // "baseline", "avx2" or "avx512": what this CPU runs (CACOVID_CPU_ISA caps it)
+
+}  // namespace cacovid::cpu

@@ -1,0 +1,26 @@
+// Total order of scores: finite by value, -0 equal to +0, then -inf, then NaN; ties to the lower index.
+#pragma once
+
+#include "cacovid/dtype.h"
+
+namespace cacovid {
+
+constexpr uint32_t key_nan = 0;
+constexpr uint32_t key_posinf = 0xff800000u;
+
+// Larger key = ranked earlier. Monotone in the score; every NaN maps to 0.
+inline __attribute__((always_inline)) uint32_t order_key(float x) {
+  const uint32_t bits = float_to_bits(x + 0.0f);  // -0 + 0 = +0
+  const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? key_nan : bits ^ flip;
+}
+
+// One integer per candidate: comparing them compares (key, lower index first).
+inline __attribute__((always_inline)) uint64_t rank_word(uint32_t key, uint32_t index) {
+  return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~index);
+}
+inline __attribute__((always_inline)) uint32_t rank_index(uint64_t word) {
+  return ~static_cast<uint32_t>(word);
+}
+
+}  // namespace cacovid

@@ -1,0 +1,107 @@
+#include "convert.h"
+
+#include <unordered_map>
+
+namespace cacovid::python {
+namespace {
+
+// torch dtypes are singletons: their addresses identify them without a comparison in Python.
+const std::unordered_map<PyObject*, DType>& dtypes() {
+  static const auto* table = [] {
+    auto* t = new std::unordered_map<PyObject*, DType>;
+    const py::module_ torch = py::module_::import("torch");
+    const std::pair<const char*, DType> names[] = {
+        {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}, {"float64", DType::f64},
+        {"int64", DType::i64},   {"int32", DType::i32},   {"int16", DType::i16},     {"int8", DType::i8},
+        {"uint8", DType::u8},    {"bool", DType::b8}};
+    for (const auto& [name, dtype] : names) (*t)[py::object(torch.attr(name)).release().ptr()] = dtype;
+    return t;
+  }();
+  return *table;
+}
+
+struct Names {
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+};
+
+const Names& names() {
+  static const Names* n = new Names;
+  return *n;
+}
+
+py::object own(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+DType find_dtype(py::handle dtype, const char* name) {
+  const auto found = dtypes().find(dtype.ptr());
+  if (found != dtypes().end()) return found->second;
+  throw py::type_error(std::string(name) + ": dtype " + py::str(dtype).cast<std::string>() + " is not supported");
+}
+
+}  // namespace
+
+void check(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+Tensor to_tensor(py::handle tensor, const char* name) {
+  Tensor t;
+  if (tensor.is_none()) return t;
+  const Names& n = names();
+  PyObject* object = tensor.ptr();
+  check(own(PyObject_GetAttr(object, n.is_cpu)).ptr() == Py_True, std::string(name) + " must be a CPU tensor");
+  t.dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
+  t.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr());
+  const py::object shape = own(PyObject_GetAttr(object, n.shape));
+  const py::object stride = own(PyObject_CallMethodNoArgs(object, n.stride));
+  const Py_ssize_t ndim = PyTuple_Size(shape.ptr());
+  check(ndim >= 1 && ndim <= max_dims, std::string(name) + " must have 1 to 8 dimensions");
+  t.ndim = static_cast<int32_t>(ndim);
+  for (Py_ssize_t d = 0; d < ndim; ++d) {
+    t.sizes[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d));
+    t.strides[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d));
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return t;
+}
+
+std::vector<Tensor> to_tensors(const py::sequence& tensors, const char* name) {
+  std::vector<Tensor> result;
+  result.reserve(tensors.size());
+  for (const py::handle item : tensors) result.push_back(to_tensor(item, name));
+  return result;
+}
+
+namespace {
+template <class T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<int64_t>() { return DType::i64; }
+template <>
+constexpr DType dtype_of<int32_t>() { return DType::i32; }
+template <>
+constexpr DType dtype_of<float>() { return DType::f32; }
+template <>
+constexpr DType dtype_of<double>() { return DType::f64; }
+}  // namespace
+
+template <class T>
+T* output(py::handle tensor, const char* name, int64_t count) {
+  const Tensor t = to_tensor(tensor, name);
+  check(t.dtype == dtype_of<T>() && t.contiguous() && t.numel() == count,
+        std::string(name) + " must be contiguous with " + std::to_string(count) + " elements of the op's type");
+  return t.as<T>();
+}
+
+template int64_t* output<int64_t>(py::handle, const char*, int64_t);
+template int32_t* output<int32_t>(py::handle, const char*, int64_t);
+template float* output<float>(py::handle, const char*, int64_t);
+template double* output<double>(py::handle, const char*, int64_t);
+
+}  // namespace cacovid::python

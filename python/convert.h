@@ -1,0 +1,27 @@
+// torch.Tensor -> cacovid::Tensor. The only pointer casts of the bindings are here.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cacovid/ops.h"
+
+namespace cacovid::python {
+
+namespace py = pybind11;
+
+// Reads data_ptr, dtype, shape and strides of a CPU tensor, or of None as an undefined one.
+Tensor to_tensor(py::handle tensor, const char* name);
+
+// An output or host array: contiguous, of the given type and number of elements, or ValueError.
+template <class T>
+T* output(py::handle tensor, const char* name, int64_t count);
+
+std::vector<Tensor> to_tensors(const py::sequence& tensors, const char* name);
+
+void check(bool condition, const std::string& message);  // throws std::invalid_argument (ValueError)
+
+}  // namespace cacovid::python

@@ -1,0 +1,12 @@
+#include "convert.h"
+
+namespace cacovid::python {
+void bind_select(py::module_&);
+}  // namespace cacovid::python
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native engine of cacovid_kernels.";
+  m.attr("compiler") = CACOVID_COMPILER;
+  m.attr("cpu_isa") = cacovid::cpu::isa_name();
+  cacovid::python::bind_select(m);
+}
