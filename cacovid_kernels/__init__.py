@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from cacovid_kernels._backend import backends, use_backend
+from cacovid_kernels.ops.score import PolicyHead, score_tokens
 from cacovid_kernels.ops.select import allocate_budget, segmented_topk, select_tokens
+from cacovid_kernels.policy import CompressionPolicy, PolicyConfig
 from cacovid_kernels.selection import Selection, Status
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressionPolicy",
+    "PolicyConfig",
+    "PolicyHead",
     "Selection",
     "Status",
     "allocate_budget",
     "backends",
+    "score_tokens",
     "segmented_topk",
     "select_tokens",
     "use_backend",

@@ -11,6 +11,10 @@ namespace cacovid::cpu {
 constexpr int64_t key_block = 64;  // key buffers are padded to a multiple of this
 constexpr int64_t padded(int64_t n) { return (n + key_block - 1) / key_block * key_block; }
 
+struct FrameShape {
+  int64_t rows, columns, row_stride, column_stride;  // strides in elements
+};
+
 struct HotLoops {
   const char* name;
 
@@ -19,6 +23,11 @@ struct HotLoops {
 
   // Positions of the k largest keys, ascending, the lower index first among equals; 0 <= k <= n.
   void (*top_positions)(const uint32_t* keys, int64_t n, int64_t k, int32_t* positions);
+
+  // One frame of hidden states, read once: 1 / sqrt(mean square + eps) of every row, and the mean row.
+  // `sums` is scratch of padded(columns).
+  void (*pool_frame)(const void* hidden, DType dtype, const FrameShape& shape, float eps, float* rrms, float* mean,
+                     float* sums);
 };
 
 const HotLoops& hot_loops();  // the best variant this CPU runs

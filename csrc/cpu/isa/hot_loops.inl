@@ -7,6 +7,7 @@
 #include "cacovid/order.h"
 #include "cacovid/status.h"
 #include "isa/hot_loops.h"
+#include "isa/pool_frame.inl"
 
 namespace cacovid::cpu {
 namespace {
@@ -124,6 +125,6 @@ void top_positions(const uint32_t* keys, int64_t n, int64_t k, int32_t* position
 }  // namespace
 
 extern const HotLoops CACOVID_LOOPS;
-const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME, load_keys, top_positions};
+const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME, load_keys, top_positions, pool_frame};
 
 }  // namespace cacovid::cpu

@@ -28,6 +28,12 @@ void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool
 void segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int64_t segments, bool by_score,
                     int threads, int64_t* indices, int32_t* status);
 
+// ---- score --------------------------------------------------------------------------------------
+// hidden [N, D] f32 | f16 | bf16, frames of grid_thw [3 * videos] -> rrms [N], 1 / sqrt(mean square + eps) of
+// every row; frame_mean [F, D], the mean row of every frame. One read of hidden.
+void frame_pool(Tensor hidden, const int64_t* grid_thw, int64_t videos, float eps, int threads, float* rrms,
+                float* frame_mean);
+
 // ---- engine -------------------------------------------------------------------------------------
 const char* isa_name();  // "baseline", "avx2" or "avx512": what this CPU runs (CACOVID_CPU_ISA caps it)
 
