@@ -21,15 +21,20 @@ inline Row row_of(const Tensor& t, int64_t index, int64_t start) {
   return {offset(t, index / t.sizes[1] * t.strides[0] + index % t.sizes[1] * t.strides[1]), t.strides[2]};
 }
 
+// Element `i` of a row as float.
+inline float load_element(const Row& row, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::bf16: return load_float(static_cast<const bf16_t*>(row.data)[i * row.stride]);
+    case DType::f16: return load_float(static_cast<const f16_t*>(row.data)[i * row.stride]);
+    default: return static_cast<const float*>(row.data)[i * row.stride];
+  }
+}
+
 // Element `index` of [F] or [B, T] as float.
 inline float element_of(const Tensor& t, int64_t index) {
   const int64_t at = t.ndim == 1 ? index * t.strides[0]
                                  : index / t.sizes[1] * t.strides[0] + index % t.sizes[1] * t.strides[1];
-  switch (t.dtype) {
-    case DType::bf16: return load_float(*static_cast<const bf16_t*>(offset(t, at)));
-    case DType::f16: return load_float(*static_cast<const f16_t*>(offset(t, at)));
-    default: return *static_cast<const float*>(offset(t, at));
-  }
+  return load_element({t.data, 1}, t.dtype, at);
 }
 
 }  // namespace cacovid::cpu

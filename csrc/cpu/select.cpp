@@ -12,7 +12,8 @@ namespace cacovid::cpu {
 namespace {
 
 struct key_scratch;
-struct position_scratch;
+struct mask_scratch;
+struct pick_scratch;
 struct word_scratch;
 
 constexpr int64_t frames_per_task = 32;  // about 5 us of work: less does not pay for waking a thread
@@ -27,37 +28,21 @@ struct FrameTask {
   int64_t first_pick;  // uniform picks of earlier frames
   int64_t picks;
   int64_t out;         // kept tokens before this frame
-  const BudgetPlan* plan;
+  int64_t length;      // its tokens
+  UniformFill fill;
 };
-
-int64_t fill_count(const BudgetPlan& p) { return p.num_keep - p.num_ranked; }
-int64_t unranked_count(const BudgetPlan& p) { return p.frames * p.tokens_per_frame - p.num_ranked; }
-
-int64_t rank_of(const BudgetPlan& p, int64_t pick) {
-  return fill_rank(pick, fill_count(p), unranked_count(p), p.float_ranks);
-}
-
-// Number of uniform picks with a rank below `bound`: a guess by proportion, then a step or two.
-int64_t picks_below(const BudgetPlan& p, int64_t bound) {
-  const int64_t count = fill_count(p), unranked = unranked_count(p);
-  if (count == 0 || bound <= 0) return 0;
-  if (bound >= unranked) return count;
-  const double spacing = static_cast<double>(unranked - 1) / static_cast<double>(std::max<int64_t>(count - 1, 1));
-  int64_t j = std::min(count, static_cast<int64_t>(static_cast<double>(bound) / spacing));
-  while (j < count && rank_of(p, j) < bound) ++j;
-  while (j > 0 && rank_of(p, j - 1) >= bound) --j;
-  return j;
-}
 
 void list_frames(Videos videos, const int64_t* counts, std::vector<FrameTask>& tasks) {
   int64_t row = 0, token = 0, out = 0;
   for (int64_t v = 0; v < videos.count; ++v) {
     const BudgetPlan& p = videos.plans[v];
+    const UniformFill fill(p);
     int64_t unranked = 0, pick = 0;
     for (int64_t f = 0; f < p.frames; ++f, ++row, token += p.tokens_per_frame) {
       const int64_t next = unranked + p.tokens_per_frame - counts[row];
-      const int64_t last_pick = picks_below(p, next);
-      tasks.push_back({row, token, counts[row], unranked, pick, last_pick - pick, out, &p});
+      const int64_t last_pick = fill.below(next);
+      tasks.push_back({row, token, counts[row], unranked, pick, last_pick - pick, out,
+                       p.tokens_per_frame, fill});
       out += counts[row] + last_pick - pick;
       unranked = next;
       pick = last_pick;
@@ -65,16 +50,40 @@ void list_frames(Videos videos, const int64_t* counts, std::vector<FrameTask>& t
   }
 }
 
-// Merges the ascending ranked positions with the picks among the others: the r-th unranked position is
-// r plus the ranked ones at or before it, so no mask over the frame is needed.
-void emit_frame(const FrameTask& task, const int32_t* ranked, int64_t* out) {
-  int64_t taken = 0;
-  for (int64_t j = 0; j < task.picks; ++j) {
-    const int64_t r = rank_of(*task.plan, task.first_pick + j) - task.unranked;
-    for (; taken < task.ranked && ranked[taken] - taken <= r; ++taken) *out++ = task.token + ranked[taken];
-    *out++ = task.token + r + taken;
+// A few rows of n scores whose best positions are searched together, as bit masks.
+class TopRows {
+ public:
+  TopRows(int64_t n, int64_t count) : n_(n), count_(count) {
+    uint32_t* keys = scratch<key_scratch, uint32_t>(count * padded(n));
+    uint64_t* masks = scratch<mask_scratch, uint64_t>(count * padded(n) / key_block);
+    for (int64_t r = 0; r < count; ++r) {
+      rows_[r].keys = keys + r * padded(n);
+      masks_[r] = masks + r * padded(n) / key_block;
+    }
   }
-  for (; taken < task.ranked; ++taken) *out++ = task.token + ranked[taken];
+  int32_t load(int64_t r, Row scores, DType dtype, int64_t k) {
+    k_[r] = k;
+    hot_loops().load_keys(scores.data, dtype, scores.stride, n_, rows_[r]);
+    return rows_[r].status;
+  }
+  void find() { hot_loops().top_masks(rows_, n_, count_, k_, masks_); }
+  uint64_t* mask(int64_t r) { return masks_[r]; }
+
+ private:
+  int64_t n_, count_;
+  KeyRow rows_[batch_rows];
+  uint64_t* masks_[batch_rows];
+  int64_t k_[batch_rows];
+};
+
+// Adds the frame's uniform picks among the tokens that were not ranked, then lists what is kept.
+void emit_frame(const FrameTask& task, uint64_t* mask, int64_t* out) {
+  int32_t* picks = scratch<pick_scratch, int32_t>(task.picks);
+  for (int64_t j = 0; j < task.picks; ++j) {
+    picks[j] = static_cast<int32_t>(task.fill[task.first_pick + j] - task.unranked);
+  }
+  hot_loops().set_ranked_zeros(mask, picks, task.picks);
+  hot_loops().list_bits(mask, task.length, task.token, out);
 }
 
 // Reorders flat positions by falling score, the lower position first among equals.
@@ -85,10 +94,8 @@ void sort_by_score(const Tensor& scores, int64_t row, int64_t start, int64_t row
     const int64_t in_segment = positions[i] - start;
     const int64_t frame = in_segment / row_length, column = in_segment % row_length;
     const Row r = row_of(scores, row + frame, start + frame * row_length);
-    uint32_t key[key_block];
-    const char* element = static_cast<const char*>(r.data) + column * r.stride * item_size(scores.dtype);
-    hot_loops().load_keys(element, scores.dtype, 1, 1, key);
-    words[i] = rank_word(key[0], static_cast<uint32_t>(in_segment));
+    const float score = load_element(r, scores.dtype, column);
+    words[i] = rank_word(order_key(score), static_cast<uint32_t>(in_segment));
   }
   std::sort(words, words + count, [](uint64_t a, uint64_t b) { return a > b; });
   for (int64_t i = 0; i < count; ++i) positions[i] = start + rank_index(words[i]);
@@ -106,15 +113,16 @@ void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool
   const int64_t rows = static_cast<int64_t>(tasks.size());
   int32_t* flags = scratch<struct flag_scratch, int32_t>(rows);
   parallel_for(rows, frames_per_task, threads, [=](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const FrameTask& task = all[i];
-      const int64_t n = task.plan->tokens_per_frame;
-      const Row row = row_of(token_scores, task.row, task.token);
-      uint32_t* keys = scratch<key_scratch, uint32_t>(padded(n));
-      int32_t* ranked = scratch<position_scratch, int32_t>(n);
-      flags[i] = hot_loops().load_keys(row.data, token_scores.dtype, row.stride, n, keys);
-      hot_loops().top_positions(keys, n, task.ranked, ranked);
-      emit_frame(task, ranked, indices + task.out);
+    for (int64_t i = first, rows = 0; i < last; i += rows) {
+      const int64_t n = all[i].length;
+      for (rows = 1; rows < batch_rows && i + rows < last && all[i + rows].length == n;) ++rows;
+      TopRows top(n, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        const FrameTask& task = all[i + r];
+        flags[i + r] = top.load(r, row_of(token_scores, task.row, task.token), token_scores.dtype, task.ranked);
+      }
+      top.find();
+      for (int64_t r = 0; r < rows; ++r) emit_frame(all[i + r], top.mask(r), indices + all[i + r].out);
     }
   });
   int64_t row = 0, token = 0, out = 0;
@@ -136,16 +144,19 @@ void segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int
   outs[0] = 0;
   for (int64_t s = 0; s < segments; ++s) outs[s + 1] = outs[s] + k[s];
   parallel_for(segments, frames_per_task, threads, [=](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      const int64_t n = offsets[s + 1] - offsets[s];
-      const Row row = row_of(scores, s, offsets[s]);
-      uint32_t* keys = scratch<key_scratch, uint32_t>(padded(n));
-      int32_t* top = scratch<position_scratch, int32_t>(n);
-      status[s] = hot_loops().load_keys(row.data, scores.dtype, row.stride, n, keys);
-      hot_loops().top_positions(keys, n, k[s], top);
-      int64_t* out = indices + outs[s];
-      for (int64_t i = 0; i < k[s]; ++i) out[i] = offsets[s] + top[i];
-      if (by_score) sort_by_score(scores, s, offsets[s], n, out, k[s]);
+    const auto length = [&](int64_t s) { return offsets[s + 1] - offsets[s]; };
+    for (int64_t i = first, rows = 0; i < last; i += rows) {
+      for (rows = 1; rows < batch_rows && i + rows < last && length(i + rows) == length(i);) ++rows;
+      TopRows top(length(i), rows);
+      for (int64_t s = i; s < i + rows; ++s) {
+        status[s] = top.load(s - i, row_of(scores, s, offsets[s]), scores.dtype, k[s]);
+      }
+      top.find();
+      for (int64_t s = i; s < i + rows; ++s) {
+        int64_t* out = indices + outs[s];
+        hot_loops().list_bits(top.mask(s - i), length(s), offsets[s], out);
+        if (by_score) sort_by_score(scores, s, offsets[s], length(s), out, k[s]);
+      }
     }
   });
 }

@@ -15,14 +15,31 @@ struct FrameShape {
   int64_t rows, columns, row_stride, column_stride;  // strides in elements
 };
 
+constexpr int64_t batch_rows = 4;  // most rows of one call of top_masks
+
+// A row's keys (padded(n) of them) and what loading found out about them.
+struct KeyRow {
+  uint32_t* keys;
+  uint32_t smallest, largest;
+  int32_t status;
+};
+
 struct HotLoops {
   const char* name;
 
-  // Order keys of n scores, `stride` elements apart; buffer of padded(n). Returns status bits.
-  int32_t (*load_keys)(const void* scores, DType dtype, int64_t stride, int64_t n, uint32_t* keys);
+  // Order keys of n >= 1 scores, `stride` elements apart, into row.keys; padding keys are 0.
+  void (*load_keys)(const void* scores, DType dtype, int64_t stride, int64_t n, KeyRow& row);
 
-  // Positions of the k largest keys, ascending, the lower index first among equals; 0 <= k <= n.
-  void (*top_positions)(const uint32_t* keys, int64_t n, int64_t k, int32_t* positions);
+  // For each of up to `batch_rows` rows of n keys: bit i of masks[r] is set if key i is among the k[r] largest,
+  // the lower index first among equals; 0 <= k[r] <= n, masks of padded(n) bits. Rows of one call are searched
+  // side by side: a search alone waits for its own comparisons most of the time.
+  void (*top_masks)(const KeyRow* rows, int64_t n, int64_t count, const int64_t* k, uint64_t* const* masks);
+
+  // Sets those zero bits whose ranks among the zero bits are ranks[0] < ranks[1] < ...
+  void (*set_ranked_zeros)(uint64_t* mask, const int32_t* ranks, int64_t count);
+
+  // Writes base + i for every set bit i of n, ascending.
+  void (*list_bits)(const uint64_t* mask, int64_t n, int64_t base, int64_t* out);
 
   // One frame of hidden states, read once: 1 / sqrt(mean square + eps) of every row, and the mean row.
   // `sums` is scratch of padded(columns).

@@ -51,6 +51,7 @@ inline __attribute__((always_inline)) void pool_lanes(const T* const* row, int64
     Floats x[rows], sum;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
+      __builtin_prefetch(row[r] + column + p * width + 512);
       load_floats(row[r] + column + p * width, x[r]);
       squares[r][p] += x[r] * x[r];
     }

@@ -53,18 +53,46 @@ inline BudgetPlan plan_budget(int64_t t, int64_t h, int64_t w, int64_t num_keep,
   return p;
 }
 
-// Position, among `unranked` tokens, of the j-th of `count` uniformly spaced picks.
-CACOVID_HD int64_t fill_rank(int64_t j, int64_t count, int64_t unranked, bool float_ranks) {
-  if (count <= 1) return 0;
-  if (float_ranks) {
-    const float last = static_cast<float>(unranked - 1);
-    const float step = last / static_cast<float>(count - 1);
-    const float x = j < count / 2 ? step * static_cast<float>(j) : last - step * static_cast<float>(count - 1 - j);
-    return static_cast<int64_t>(round_even(static_cast<double>(x)));
+// Uniformly spaced positions among `unranked` tokens, strictly increasing.
+struct UniformFill {
+  int64_t count = 0;
+  int64_t unranked = 0;
+  bool float_ranks = false;
+  float last = 0, step = 0;     // of the float32 linspace
+  double picks_per_token = 0;  // for a first guess of `below`
+
+  CACOVID_HD UniformFill() {}
+  CACOVID_HD explicit UniformFill(const BudgetPlan& p)
+      : count(p.num_keep - p.num_ranked),
+        unranked(p.frames * p.tokens_per_frame - p.num_ranked),
+        float_ranks(p.float_ranks) {
+    if (count <= 1) return;
+    last = static_cast<float>(unranked - 1);
+    step = last / static_cast<float>(count - 1);
+    picks_per_token = static_cast<double>(count - 1) / static_cast<double>(unranked - 1);
   }
-  const int64_t numerator = j * (unranked - 1), denominator = count - 1;
-  const int64_t quotient = numerator / denominator, twice = 2 * (numerator % denominator);
-  return quotient + (twice > denominator || (twice == denominator && (quotient & 1)) ? 1 : 0);
-}
+
+  CACOVID_HD int64_t operator[](int64_t j) const {
+    if (count <= 1) return 0;
+    if (float_ranks) {
+      const float up = step * static_cast<float>(j), down = last - step * static_cast<float>(count - 1 - j);
+      return static_cast<int64_t>(round_even(static_cast<double>(j < count / 2 ? up : down)));
+    }
+    const int64_t numerator = j * (unranked - 1), denominator = count - 1;
+    const int64_t quotient = numerator / denominator, twice = 2 * (numerator % denominator);
+    return quotient + (twice > denominator || (twice == denominator && (quotient & 1)) ? 1 : 0);
+  }
+
+  // Number of positions below `bound`: a guess by proportion, then a step or two.
+  CACOVID_HD int64_t below(int64_t bound) const {
+    if (count == 0 || bound <= 0) return 0;
+    if (bound >= unranked) return count;
+    int64_t j = static_cast<int64_t>(static_cast<double>(bound) * picks_per_token + 0.5);
+    j = j < count ? j : count;
+    while (j < count && (*this)[j] < bound) ++j;
+    while (j > 0 && (*this)[j - 1] >= bound) --j;
+    return j;
+  }
+};
 
 }  // namespace cacovid

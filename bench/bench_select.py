@@ -1,0 +1,102 @@
+"""Budget, per-frame top-k and uniform fill of one video."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import cacovid_kernels as ck
+
+KEEP, IMPORTANCE, CAP = 0.1, 0.5, 0.15
+P = 196
+
+
+def published_formula(token: Tensor, frame: Tensor) -> Tensor:
+    """The steps of the published evaluation in plain torch, without the embeddings that it copies for a count."""
+    t = frame.numel()
+    f = (frame / frame.abs().max() * 3).softmax(-1).clip(min=1 / (2 * t), max=1 / (t * KEEP) * CAP)
+    f = f / f.sum()
+    counts = (f * round(IMPORTANCE * KEEP * P * t)).round().clip(min=1, max=int(IMPORTANCE * P * CAP)).long()
+    missing = math.floor(IMPORTANCE * KEEP * P * t) - counts.sum()
+    while missing < 0:
+        counts[counts.argmax()] -= 1
+        missing += 1
+    while missing > 0:
+        counts[counts.argmin()] += 1
+        missing -= 1
+    scores = (token * 0.001).softmax(-1)
+    taken = torch.arange(P).repeat(t, 1) < counts[:, None]
+    order = scores.sort(dim=-1, descending=True).indices + torch.arange(t)[:, None] * P
+    mask = torch.zeros(t * P, dtype=torch.long)
+    mask[order.reshape(-1)[taken.reshape(-1)]] = 1
+    rest = math.floor(KEEP * t * P) - mask.sum()
+    left = torch.zeros(int((mask == 0).sum()), dtype=torch.long)
+    left.scatter_(0, torch.linspace(0, left.numel() - 1, int(rest)).round().long(), 1)
+    mask = mask.masked_scatter(mask == 0, left)
+    return mask.nonzero().squeeze(1)
+
+
+def vectorised_torch(token: Tensor, frame: Tensor) -> Tensor:
+    """The same selection without a loop or a data-dependent shape: the best that plain torch gave us."""
+    t = frame.numel()
+    n, ranked, keep = t * P, math.floor(IMPORTANCE * KEEP * P * t), math.floor(KEEP * t * P)
+    f = (frame / frame.abs().max() * 3).softmax(-1).clamp(1 / (2 * t), 1 / (t * KEEP) * CAP)
+    cap = int(IMPORTANCE * P * CAP)
+    counts = (f * (round(IMPORTANCE * KEEP * P * t) / f.sum())).round().clamp(1, cap).long()
+    missing = ranked - counts.sum()
+    gaps = torch.arange(cap + 2)[:, None] - counts
+    added, taken = gaps.clamp(min=0).sum(1), (-gaps).clamp(min=0).sum(1)
+    up, down = (added <= missing).sum() - 1, (taken > -missing).sum()
+    level = torch.where(missing > 0, torch.maximum(counts, up), torch.minimum(counts, down))
+    rest = ranked - level.sum()
+    edge = level == torch.where(missing > 0, up, down)
+    counts = level + torch.where(edge & (edge.cumsum(0) <= rest.abs()), rest.sign(), 0)
+    best = token.topk(cap + 1, dim=-1).indices  # [T, cap + 1]: no frame holds more
+    within = torch.arange(cap + 1) < counts[:, None]
+    mask = torch.zeros(t, P, dtype=torch.bool).scatter_(1, best, within).reshape(-1)
+    unranked = (~mask).cumsum(0)
+    picks = torch.linspace(0, n - ranked - 1, keep - ranked).round().long() + 1
+    mask[torch.searchsorted(unranked, picks)] = True
+    return torch.searchsorted(mask.cumsum(0), torch.arange(1, keep + 1))
+
+
+compiled_torch = torch.compile(vectorised_torch, dynamic=False)
+
+
+def ours(token: Tensor, frame: Tensor) -> Tensor:
+    return ck.select_tokens(token, frame, keep_ratio=KEEP, importance_ratio=IMPORTANCE, max_frame_ratio=CAP).indices
+
+
+CONTESTANTS = {
+    "ours": ours,
+    "vectorised torch": vectorised_torch,
+    "torch.compile of it": compiled_torch,
+    "published formula": published_formula,
+}
+
+
+@pytest.mark.parametrize(("frames", "target"), [(32, 8), (128, 15), (768, 15)])
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def bench_select(race, frames, target, contestant):
+    generator = torch.Generator().manual_seed(frames)
+    inputs = [
+        (torch.randn(frames, P, generator=generator), torch.randn(frames, generator=generator)) for _ in range(200)
+    ]
+    expected = ours(*inputs[0])
+    found = CONTESTANTS[contestant](*inputs[0])
+    if frames < 512:  # beyond, float32 rounding of the frame shares may move a token
+        assert torch.equal(found, expected)
+    race(f"select {frames} x {P}, keep 10%", contestant, CONTESTANTS[contestant], inputs, {"vectorised torch": target})
+
+
+@pytest.mark.parametrize("contestant", ["ours", "torch.topk"])
+@pytest.mark.parametrize(("rows", "length"), [(32, 196), (1, 6272), (1, 100352)])
+def bench_segmented_topk(race, rows, length, contestant):
+    k = length // 10
+    generator = torch.Generator().manual_seed(rows)
+    inputs = [(torch.randn(rows, length, generator=generator),) for _ in range(200 if length < 10000 else 20)]
+    calls = {"ours": lambda x: ck.segmented_topk(x, k), "torch.topk": lambda x: x.topk(k, sorted=False)}
+    race(f"top-k {rows} x {length}, k={k}", contestant, calls[contestant], inputs)
