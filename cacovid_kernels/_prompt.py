@@ -18,7 +18,7 @@ def check_prompt(
     position_ids: Tensor | None,
     attention_mask: Tensor | None,
 ) -> None:
-    """Arguments fit each other and a policy whose norm has this `weight` `[D]`, or one line says where not."""
+    """Arguments fit each other and a policy whose norm has this `weight` `[D]`; one line says where not."""
     op = "CompressionPolicy"
     check_scores(op, "inputs_embeds", inputs_embeds)
     check_dtype(op, "inputs_embeds", inputs_embeds, weight.dtype)

@@ -64,7 +64,7 @@ def read_policy_tensors(folder: Path, device: str) -> dict[str, Tensor]:
                 if name is not None:
                     tensors[name] = file.get_tensor(key)
     if not tensors:
-        raise ValueError(f"from_pretrained: {folder} must hold tensors named '{PREFIX}...', it has none.")
+        raise ValueError(f"from_pretrained: {folder} must hold tensors named '{PREFIX}*', it has none.")
     return tensors
 
 

@@ -17,17 +17,25 @@ INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, as in the langu
 
 
 class FoldedHead(NamedTuple):
-    """A `PolicyHead` for inference: from rows divided by their root mean square to one score each."""
+    """A `PolicyHead` for inference: rows `[N, D]`, and 1 / rms where still to be applied -> scores `[N]`."""
 
     weights: tuple[Tensor, ...]  # four, the first times the norm's weight
     biases: tuple[Tensor, ...]
     vector: Tensor  # [D / 16] float32, the fifth layer's second row minus its first
     offset: Tensor  # [] float32, the same of its bias
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            rows = F.silu(F.linear(rows, weight, bias), inplace=True)
-        return rows.float() @ self.vector + self.offset
+    def __call__(self, rows: Tensor, rrms: Tensor | None = None) -> Tensor:
+        scale = None if rrms is None else rrms[:, None].to(rows.dtype)
+        if scale is not None and rows.dtype is torch.float16:
+            rows, scale = rows * scale, None  # products of the rows as they are could pass 65504
+        if scale is None:
+            rows = F.linear(rows, self.weights[0], self.biases[0])
+        else:  # the product is half as wide as the rows: half the traffic
+            rows = torch.addcmul(self.biases[0], F.linear(rows, self.weights[0]), scale)
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            rows = F.linear(F.silu(rows, inplace=True), weight, bias)
+        rows = F.silu(rows, inplace=True)
+        return (rows * self.vector).sum(1) + self.offset
 
 
 class PolicyHead(nn.Sequential):
@@ -156,7 +164,8 @@ def score_tokens(
             f"{op}: hidden must be [N, D={size}], [T, P, D] or [B, T, P, D] and norm_weight [D] "
             f"(hidden: {describe(hidden)}, norm_weight: {list(norm_weight.shape)}). Pass this model's head."
         )
-    check_same_device(op, hidden=hidden, norm_weight=norm_weight, token_head=first)
+    check_same_device(op, "norm_weight", norm_weight, "hidden", hidden)
+    check_same_device(op, "token_head", first, "hidden", hidden)
     check_dtype(op, "hidden", hidden, first.dtype)
     rows = hidden.flatten(0, -2)
     flat: list[int] | None = None
@@ -199,5 +208,4 @@ def _folded(rows, token_head, frame_head, grid_thw, norm_weight, eps):
         rrms, means = _frame_pool(rows.detach(), grid_thw, eps)
         # So few rows that weighting them is cheaper than weighting the head's first matrix.
         frames = frame_head.folded()(rms_norm(means, norm_weight.float(), eps).to(rows.dtype))
-    # Dividing the rows before the product, not its result, keeps float16 away from its largest number.
-    return token_head.folded(norm_weight)(rows * rrms[:, None].to(rows.dtype)), frames
+    return token_head.folded(norm_weight)(rows, rrms), frames

@@ -18,6 +18,7 @@ constexpr int width = 8;
 constexpr int width = 4;
 #endif
 constexpr int parts = lanes / width;  // registers that hold the sixteen lanes
+constexpr int prefetch_bytes = 2048;  // the hardware's own prefetch stops at page ends, which rows of 7 KB cross
 typedef float Floats __attribute__((vector_size(4 * width)));
 typedef uint32_t Words __attribute__((vector_size(4 * width)));
 typedef uint16_t Halves __attribute__((vector_size(2 * width)));
@@ -51,8 +52,9 @@ inline __attribute__((always_inline)) void pool_lanes(const T* const* row, int64
     Floats x[rows], sum;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      __builtin_prefetch(row[r] + column + p * width + 512);
-      load_floats(row[r] + column + p * width, x[r]);
+      const T* from = row[r] + column + p * width;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + prefetch_bytes);
+      load_floats(from, x[r]);
       squares[r][p] += x[r] * x[r];
     }
     std::memcpy(&sum, sums + p * width, sizeof sum);
