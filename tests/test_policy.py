@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +398,12 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="own folder"):
         ck.CompressionPolicy.from_pretrained(tmp_path)
+
+
+def test_a_missing_safetensors_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'cacovid-kernels\[hf\]'"):
+        ck.CompressionPolicy.from_pretrained(FOLDER)
 
 
 def test_an_empty_folder_is_reported(tmp_path):
