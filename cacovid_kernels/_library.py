@@ -16,7 +16,7 @@ from cacovid_kernels import _backend
 
 NAMESPACE = "cacovid"
 library = torch.library.Library(NAMESPACE, "DEF")
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_HOST_TYPES = frozenset({int, float, bool, str, type(None)})
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch_level: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
@@ -32,23 +32,13 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
         self.dispatch = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
-    def _run(self, *args: Any) -> Any:
-        return _backend.implementation(self.family, self.name, _device_of(args))(*args)
+    def _run(self, first: Any, *rest: Any) -> Any:
+        device = (first if isinstance(first, Tensor) else first[0]).device
+        return _backend.implementation(self.family, self.name, device)(first, *rest)
 
     def __call__(self, *args: Any) -> Any:
+        """Runs the op; the first argument is a tensor, or a list of tensors, of the device that serves it."""
         return self.dispatch(*args) if needs_dispatcher(args) else self._run(*args)
-
-
-def _tensors(args: Any) -> Any:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-            yield from arg
-
-
-def _device_of(args: Any) -> torch.device:
-    return next(_tensors(args)).device
 
 
 def needs_dispatcher(args: Any) -> bool:
@@ -56,4 +46,14 @@ def needs_dispatcher(args: Any) -> bool:
     if torch.compiler.is_compiling() or _dispatch_modes() or _functorch_level() is not None:
         return True
     grad = torch.is_grad_enabled()
-    return any(type(t) not in _PLAIN_TYPES or (grad and t.requires_grad) for t in _tensors(args))
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if grad and arg.requires_grad:
+                return True
+        elif kind is list:
+            if arg and type(arg[0]) not in _HOST_TYPES and needs_dispatcher(arg):
+                return True
+        elif kind not in _HOST_TYPES:  # a tensor subclass, a symbolic size
+            return True
+    return False

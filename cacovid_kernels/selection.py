@@ -32,7 +32,7 @@ def raise_if_flagged(op: str, status: Tensor, what: str, fatal: Status = ~Status
             raise ValueError(f'{op}: {what} {row} has {flags} values. Clean them, or pass check="flag".')
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Selection:
     """Kept tokens of a batch of videos, packed along one token axis.
 

@@ -31,19 +31,10 @@ def check_scores(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be strided, got {x.layout}. Call .to_dense() on it.")
 
 
-def check_same_device(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors on one device, or ValueError."""
-    first: tuple[str, Tensor] | None = None
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if first is None:
-            first = (name, x)
-        elif x.device != first[1].device:
-            raise ValueError(
-                f"{op}: {name} is on {x.device} but {first[0]} on {first[1].device}. "
-                f"Move {name} to {first[1].device}."
-            )
+def check_same_device(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Two tensors on one device, or ValueError."""
+    if x.device != y.device:
+        raise ValueError(f"{op}: {name} is on {x.device} but {other} on {y.device}. Move {name} to {y.device}.")
 
 
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -191,8 +191,8 @@ def select_tokens(
         )
     if frame_scores is not None:
         _check_frames(op, frame_scores, grid)
-        check_same_device(op, token_scores=token_scores, frame_scores=frame_scores)
-        frame_scores = frame_scores.detach()
+        check_same_device(op, "frame_scores", frame_scores, "token_scores", token_scores)
+        frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
     strict, uniform = mode == "strict", fill == "uniform"
     budget = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, uniform)
     kept, ratios, caps = budget
