@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cacovid_kernels._backend import backends, use_backend
+from cacovid_kernels.ops.gather import gather_tokens
 from cacovid_kernels.ops.score import PolicyHead, score_tokens
 from cacovid_kernels.ops.select import allocate_budget, segmented_topk, select_tokens
 from cacovid_kernels.policy import CompressionPolicy, PolicyConfig
@@ -18,6 +19,7 @@ __all__ = [
     "Status",
     "allocate_budget",
     "backends",
+    "gather_tokens",
     "score_tokens",
     "segmented_topk",
     "select_tokens",

@@ -1,6 +1,7 @@
 #include "convert.h"
 
 namespace cacovid::python {
+void bind_gather(py::module_&);
 void bind_score(py::module_&);
 void bind_select(py::module_&);
 }  // namespace cacovid::python
@@ -9,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native engine of cacovid_kernels.";
   m.attr("compiler") = CACOVID_COMPILER;
   m.attr("cpu_isa") = cacovid::cpu::isa_name();
+  cacovid::python::bind_gather(m);
   cacovid::python::bind_score(m);
   cacovid::python::bind_select(m);
 }

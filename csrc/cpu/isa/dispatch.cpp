@@ -3,6 +3,7 @@
 
 #include "cacovid/ops.h"
 #include "isa/hot_loops.h"
+#include "isa/row_loops.h"
 
 namespace cacovid::cpu {
 namespace {
@@ -30,6 +31,8 @@ const HotLoops& hot_loops() {
   static const HotLoops& chosen = choose();
   return chosen;
 }
+
+const RowLoops& row_loops() { return *hot_loops().rows; }
 
 const char* isa_name() { return hot_loops().name; }
 

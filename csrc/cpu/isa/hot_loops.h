@@ -24,6 +24,8 @@ struct KeyRow {
   int32_t status;
 };
 
+struct RowLoops;  // row_loops.h
+
 struct HotLoops {
   const char* name;
 
@@ -45,6 +47,8 @@ struct HotLoops {
   // `sums` is scratch of padded(columns).
   void (*pool_frame)(const void* hidden, DType dtype, const FrameShape& shape, float eps, float* rrms, float* mean,
                      float* sums);
+
+  const RowLoops* rows;
 };
 
 const HotLoops& hot_loops();  // the best variant this CPU runs

@@ -6,11 +6,13 @@
 
 #include "isa/hot_loops.h"
 #include "isa/pool_frame.inl"
+#include "isa/row_loops.inl"
 #include "isa/top_masks.inl"
 
 namespace cacovid::cpu {
 
 extern const HotLoops CACOVID_LOOPS;
-const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME, load_keys, top_masks, set_ranked_zeros, list_bits, pool_frame};
+const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME, load_keys,  top_masks,      set_ranked_zeros,
+                                list_bits,          pool_frame, &row_loop_table};
 
 }  // namespace cacovid::cpu

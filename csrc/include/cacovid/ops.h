@@ -34,6 +34,22 @@ void segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int
 void frame_pool(Tensor hidden, const int64_t* grid_thw, int64_t videos, float eps, int threads, float* rrms,
                 float* frame_mean);
 
+// ---- gather -------------------------------------------------------------------------------------
+// For every t: targets[t] = xs[t] with its axis dims[t] replaced by the index [kept] i64, contiguous, same bytes.
+// Any dtype and strides. An index outside the axis reads nothing and gives zeros. `fresh`: the targets were
+// just allocated.
+void gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int64_t* index, int64_t kept, bool fresh,
+                 int threads, void* const* targets);
+
+struct RowSum {
+  int64_t outer, tokens, columns;  // the target's shape, token axis in the middle
+};
+
+// The adjoint: grads[t] [outer, kept, columns] contiguous, a float type -> targets[t] [outer, tokens, columns].
+// Rows of one token are summed from +0 in ascending index position, in float32 (float64 for f64), rounded once.
+void scatter_rows(const Tensor* grads, const RowSum* sums, int64_t count, const int64_t* index, int64_t kept,
+                  bool fresh, int threads, void* const* targets);
+
 // ---- engine -------------------------------------------------------------------------------------
 const char* isa_name();  // "baseline", "avx2" or "avx512": what this CPU runs (CACOVID_CPU_ISA caps it)
 

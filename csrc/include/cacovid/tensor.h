@@ -25,7 +25,7 @@ struct Tensor {
   bool contiguous() const {
     int64_t expected = 1;
     for (int d = ndim - 1; d >= 0; --d) {
-      if (sizes[d] != 1 && strides[d] != expected) return false;
+      if (sizes[d] != 1 && strides[d] != expected) return numel() == 0;
       expected *= sizes[d];
     }
     return true;

@@ -1,0 +1,50 @@
+"""Gather of rows and its adjoint on the CPU engine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels._bits import as_bits
+from cacovid_kernels.native import engine, num_threads
+
+
+def _flat(index: Tensor) -> Tensor:
+    return index.reshape(-1).to(torch.int64).contiguous()
+
+
+def gather_rows(xs: list[Tensor], index: Tensor, dims: list[int]) -> list[Tensor]:
+    outs = [
+        torch.empty(x.shape[:dim] + index.shape + x.shape[dim + 1 :], dtype=x.dtype)
+        for x, dim in zip(xs, dims, strict=True)
+    ]
+    _gather(xs, index, dims, True, outs)
+    return outs
+
+
+def gather_rows_out(xs: list[Tensor], index: Tensor, dims: list[int], outs: list[Tensor]) -> None:
+    targets = [out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype) for out in outs]
+    _gather(xs, index, dims, False, targets)
+    for out, target in zip(outs, targets, strict=True):
+        if out is not target:
+            out.copy_(target)
+
+
+def _gather(xs: list[Tensor], index: Tensor, dims: list[int], fresh: bool, outs: list[Tensor]) -> None:
+    # A 0-d result is one element; the engine knows tensors of 1 to 8 dimensions.
+    targets = [as_bits(out if out.dim() <= 8 and out.dim() else out.reshape(-1)) for out in outs]
+    engine().gather_rows([as_bits(x) for x in xs], _flat(index), dims, fresh, num_threads(), targets)
+
+
+def scatter_rows(grads: list[Tensor], index: Tensor, sizes: list[int], dims: list[int]) -> list[Tensor]:
+    shapes, outs = [], []
+    for grad, size, dim in zip(grads, sizes, dims, strict=True):
+        outer, inner = grad.shape[:dim], grad.shape[dim + index.dim() :]
+        shapes += [math.prod(outer), size, math.prod(inner)]
+        outs.append(torch.empty((*outer, size, *inner), dtype=grad.dtype))
+    flat = [grad.contiguous().reshape(-1) for grad in grads]
+    targets = [out.reshape(-1) for out in outs]
+    engine().scatter_rows(flat, _flat(index), shapes, True, num_threads(), targets)
+    return outs

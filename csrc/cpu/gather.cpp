@@ -1,0 +1,166 @@
+#include <algorithm>
+#include <vector>
+
+#include "cacovid/ops.h"
+#include "isa/row_loops.h"
+#include "memory.h"
+#include "thread_pool.h"
+
+namespace cacovid::cpu {
+namespace {
+
+constexpr int64_t chunk_bytes = 64 << 10;  // about 5 us of work: less does not pay for waking a thread
+
+// One tensor seen as tokens. A token's elements are one contiguous row if memory allows it, else several; the
+// axes that number a token's rows, and those outside the token axis, are merged where strides allow it.
+struct Tokens {
+  struct Axis {
+    int64_t size, source_stride, target_stride;  // bytes
+  };
+  Axis axes[max_dims];
+  int32_t count = 0;
+  RowCopy rows;
+  int64_t segments = 1;  // product of the axes: each is one call of copy_rows over the whole index
+
+  void add(int64_t size, int64_t source_stride, int64_t target_stride) {
+    segments *= size;
+    if (size == 1) return;
+    if (count > 0) {
+      Axis& outer = axes[count - 1];
+      if (outer.source_stride == size * source_stride && outer.target_stride == size * target_stride) {
+        outer = {outer.size * size, source_stride, target_stride};
+        return;
+      }
+    }
+    axes[count++] = {size, source_stride, target_stride};
+  }
+
+  Tokens(const Tensor& x, int32_t dim, void* target, int64_t kept) {
+    int64_t row = item_size(x.dtype);
+    const int64_t item = row;
+    int64_t target_strides[max_dims], stride = item;
+    for (int32_t d = x.ndim - 1; d >= 0; --d) {
+      target_strides[d] = stride;
+      stride *= d == dim ? kept : x.sizes[d];
+    }
+    int32_t last = x.ndim;  // the axes from here on lie in memory as in the target
+    while (last > dim + 1 && (x.sizes[last - 1] == 1 || x.strides[last - 1] * item == row)) row *= x.sizes[--last];
+    for (int32_t d = 0; d < last; ++d) {
+      if (d != dim) add(x.sizes[d], x.strides[d] * item, target_strides[d]);
+    }
+    rows = {static_cast<char*>(target),
+            static_cast<const char*>(x.data),
+            target_strides[dim],
+            x.strides[dim] * item,
+            row,
+            x.sizes[dim],
+            false};
+  }
+
+  RowCopy segment(int64_t number) const {
+    RowCopy result = rows;
+    for (int32_t a = count - 1; a >= 0; --a) {
+      const int64_t at = number % axes[a].size;
+      number /= axes[a].size;
+      result.source += at * axes[a].source_stride;
+      result.target += at * axes[a].target_stride;
+    }
+    return result;
+  }
+};
+
+// Positions of the index by the token they name, in ascending order: those of token n are
+// order[starts[n] .. starts[n + 1]).
+struct Inverse {
+  std::vector<int64_t> starts, order;
+
+  Inverse(const int64_t* index, int64_t count, int64_t tokens) : starts(tokens + 1), order(count) {
+    const uint64_t limit = static_cast<uint64_t>(tokens);
+    for (int64_t i = 0; i < count; ++i) {
+      if (static_cast<uint64_t>(index[i]) < limit) ++starts[index[i] + 1];
+    }
+    for (int64_t n = 0; n < tokens; ++n) starts[n + 1] += starts[n];
+    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+    for (int64_t i = 0; i < count; ++i) {
+      if (static_cast<uint64_t>(index[i]) < limit) order[next[index[i]]++] = i;
+    }
+  }
+};
+
+// Calls body(tensor, first, last) for the rows of all tensors, which share the threads.
+template <class Body>
+void for_rows(const std::vector<int64_t>& rows, const std::vector<int64_t>& bytes, int threads, const Body& body) {
+  const size_t tensors = rows.size();
+  std::vector<int64_t> per_chunk(tensors), end(tensors);
+  int64_t chunks = 0;
+  for (size_t t = 0; t < tensors; ++t) {
+    per_chunk[t] = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(bytes[t], 1));
+    chunks += (rows[t] + per_chunk[t] - 1) / per_chunk[t];
+    end[t] = chunks;
+  }
+  parallel_for(chunks, 2, threads, [&](int64_t first, int64_t last) {
+    for (size_t t = 0; t < tensors; ++t) {
+      const int64_t begin = t == 0 ? 0 : end[t - 1];
+      const int64_t from = std::max(first, begin), to = std::min(last, end[t]);
+      if (from < to) body(t, (from - begin) * per_chunk[t], std::min(rows[t], (to - begin) * per_chunk[t]));
+    }
+  });
+}
+
+}  // namespace
+
+void gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int64_t* index, int64_t kept, bool fresh,
+                 int threads, void* const* targets) {
+  std::vector<Tokens> tokens;
+  std::vector<int64_t> rows, bytes;
+  tokens.reserve(count);
+  int64_t total = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    tokens.emplace_back(xs[t], dims[t], targets[t], kept);
+    const Tokens& x = tokens.back();
+    rows.push_back(x.rows.bytes > 0 ? x.segments * kept : 0);
+    bytes.push_back(x.rows.bytes);
+    total += rows.back() * x.rows.bytes;
+    if (fresh) expect_writes(targets[t], rows.back() * x.rows.bytes);
+  }
+  const bool stream = worth_streaming(total);
+  for (Tokens& x : tokens) x.rows.stream = stream;
+  const RowLoops& loops = row_loops();
+  for_rows(rows, bytes, threads, [&](size_t t, int64_t first, int64_t last) {
+    while (first < last) {
+      const int64_t segment = first / kept, from = first % kept;
+      const int64_t n = std::min(kept - from, last - first);
+      RowCopy copy = tokens[t].segment(segment);
+      copy.target += from * copy.target_step;
+      loops.copy_rows(copy, index + from, n);
+      first += n;
+    }
+  });
+}
+
+void scatter_rows(const Tensor* grads, const RowSum* sums, int64_t count, const int64_t* index, int64_t kept,
+                  bool fresh, int threads, void* const* targets) {
+  int64_t most = 0;
+  std::vector<int64_t> rows, bytes;
+  for (int64_t t = 0; t < count; ++t) {
+    const RowSum& s = sums[t];
+    most = std::max(most, s.tokens);
+    bytes.push_back(s.columns * item_size(grads[t].dtype));
+    rows.push_back(bytes.back() > 0 ? s.outer * s.tokens : 0);
+    if (fresh) expect_writes(targets[t], rows.back() * bytes.back());
+  }
+  const Inverse inverse(index, kept, most);
+  const RowLoops& loops = row_loops();
+  for_rows(rows, bytes, threads, [&](size_t t, int64_t first, int64_t last) {
+    const RowSum& s = sums[t];
+    char* target = static_cast<char*>(targets[t]);
+    const char* grad = static_cast<const char*>(grads[t].data);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t n = r % s.tokens, begin = inverse.starts[n];
+      loops.sum_rows(grad + r / s.tokens * kept * bytes[t], grads[t].dtype, s.columns, inverse.order.data() + begin,
+                     inverse.starts[n + 1] - begin, target + r * bytes[t]);
+    }
+  });
+}
+
+}  // namespace cacovid::cpu
