@@ -1,0 +1,50 @@
+"""Shared fixtures: every backend, and outputs that start as garbage so that an unwritten element fails a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cacovid_kernels as ck
+
+DATA = Path(__file__).parent / "data"
+POISON = {torch.int64: -(2**62), torch.int32: -(2**30), torch.bool: True, torch.uint8: 173}
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    """Runs the test once per backend."""
+    with ck.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch):
+    real = torch.empty
+
+    def empty(*args, **kwargs):
+        out = real(*args, **kwargs)
+        if out.device.type == "cpu" and not isinstance(out, torch._subclasses.FakeTensor):
+            out.fill_(float("nan") if out.dtype.is_floating_point else POISON.get(out.dtype, 77))
+        return out
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture(params=[1, 2, 3, 8])
+def threads(request):
+    """Runs the test under each thread count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def golden(folder: str) -> list:
+    """All vectors of a golden folder, as pytest parameters named by file."""
+    files = sorted((DATA / folder).glob("*.npz"))
+    assert files, f"no golden files in {DATA / folder}"
+    return [pytest.param(dict(np.load(f)), id=f.stem) for f in files]

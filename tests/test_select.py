@@ -1,0 +1,468 @@
+"""Budget, selection and segmented top-k: published vectors, the op contract, properties."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cacovid_kernels as ck
+from cacovid_kernels.ops import select as ops
+from cacovid_kernels.reference.exact import order_key
+
+NAN, INF = math.nan, math.inf
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def same(a: ck.Selection, b: ck.Selection) -> bool:
+    fields = ("indices", "frame_counts", "status")
+    return all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields) and a.lengths == b.lengths
+
+
+def both(*args, **kwargs) -> tuple[ck.Selection, ck.Selection]:
+    results = []
+    for name in ("reference", "cpu"):
+        with ck.use_backend(name):
+            results.append(ck.select_tokens(*args, **kwargs))
+    return results[0], results[1]
+
+
+# ---- the published code -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vector", golden("selection"))
+def test_official_mode_reproduces_the_published_selection(vector, backend):
+    t, h, w = (int(n) for n in vector["grid_thw"])
+    token = torch.from_numpy(vector["token_logits"]).diff(dim=-1).squeeze(-1)
+    frame = torch.from_numpy(vector["frame_logits"]).diff(dim=-1).squeeze(-1)
+    ratios = {key: float(vector[key]) for key in ("keep_ratio", "importance_ratio", "max_frame_ratio")}
+    kept = ck.select_tokens(token, frame, [(t, h, w)], **ratios)
+    expected = torch.from_numpy(vector["mask"]).nonzero().squeeze(1)
+    assert torch.equal(kept.indices, expected)
+    assert torch.equal(kept.frame_counts, torch.bincount(expected // (h * w), minlength=t))
+
+
+def loop_budget(scores, t, p, keep, importance, cap_ratio):
+    """The published arithmetic as a loop of single steps, float64; no frame gets more than its p tokens."""
+    x = scores.double() / scores.double().abs().max() * 3
+    weight = x.softmax(0).clip(1 / (2 * t), 1 / (t * keep) * cap_ratio)
+    weight = weight / weight.sum()
+    cap = min(int(importance * p * cap_ratio), p)
+    counts = (weight * round(importance * keep * p * t)).round().clip(min=1).clip(max=cap)
+    counts = counts.long().tolist()
+    missing = math.floor(importance * keep * p * t) - sum(counts)
+    while missing:
+        if missing > 0:
+            counts[counts.index(min(counts))] += 1
+        else:
+            counts[counts.index(max(counts))] -= 1
+        missing += -1 if missing > 0 else 1
+    return counts
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 32, 97])
+@pytest.mark.parametrize("keep", [0.03, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("importance", [0.3, 1.0])
+def test_budget_levels_like_the_published_loop(frames, keep, importance, backend):
+    generator = torch.Generator().manual_seed(frames)
+    for _ in range(10):
+        scores = torch.randn(frames, generator=generator) * 3
+        counts = ck.allocate_budget(
+            scores, [(frames, 7, 7)], keep_ratio=keep, importance_ratio=importance, max_frame_ratio=1.5 * keep
+        )
+        if importance == 1.0:
+            assert abs(int(counts.sum()) - keep * frames * 49) < 1
+        assert counts.tolist() == loop_budget(scores, frames, 49, keep, importance, 1.5 * keep)
+
+
+# ---- values, ties, order ------------------------------------------------------------------------
+
+
+def test_ties_go_to_the_lower_index(backend):
+    kept = ck.select_tokens(torch.zeros(3, 10), keep_ratio=0.4, importance_ratio=1.0)
+    assert kept.indices.tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+
+
+def test_order_of_odd_scores(backend):
+    scores = torch.tensor([NAN, -INF, 1.0, -0.0, 0.0, INF, NAN, -INF, -2.0])
+    ranked = [5, 2, 3, 4, 8, 1, 7, 0, 6]
+    for k in range(len(ranked) + 1):
+        assert ck.segmented_topk(scores, k, order="score").tolist() == ranked[:k]
+        assert ck.segmented_topk(scores, k).tolist() == sorted(ranked[:k])
+
+
+def test_order_keys_follow_the_order_of_floats():
+    scores = torch.tensor([NAN, -INF, -3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, 3e38, INF])
+    keys = order_key(scores)
+    assert keys[5] == keys[6]
+    assert (keys.unique_consecutive().diff() > 0).all()
+
+
+def test_status_and_check(backend):
+    frames = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    tokens = torch.randn(4, 6)
+    tokens[1, 2] = NAN
+    kept = ck.select_tokens(tokens, frames, keep_ratio=0.5)
+    assert kept.status.tolist() == [ck.Status.NAN]
+    assert kept.indices.numel() == 12
+    frames[2] = INF
+    both_flags = ck.select_tokens(tokens, frames, keep_ratio=0.5).status
+    assert both_flags.tolist() == [ck.Status.NAN | ck.Status.POSINF]
+    with pytest.raises(ValueError, match=r"select_tokens: video 0 has NAN \| POSINF values"):
+        ck.select_tokens(tokens, frames, keep_ratio=0.5, check="raise")
+    with pytest.raises(ValueError, match="segment 1 has NAN"):
+        ck.segmented_topk(tokens, 2, check="raise")
+
+
+@pytest.mark.parametrize("frames", [[NAN] * 4, [-INF] * 4, [0.0] * 4, [5.0] * 4])
+def test_frames_without_a_difference_share_equally(frames, backend):
+    kept = ck.select_tokens(torch.randn(4, 10), torch.tensor(frames), keep_ratio=0.5, importance_ratio=1.0)
+    assert kept.frame_counts.tolist() == [5, 5, 5, 5]
+
+
+def test_score_order_is_a_permutation_of_index_order(backend):
+    scores = torch.randn(2, 5, 12)
+    by_index = ck.select_tokens(scores, keep_ratio=0.4)
+    by_score = ck.select_tokens(scores, keep_ratio=0.4, order="score")
+    flat = scores.reshape(-1)
+    for a, b in zip(by_index.indices.split(by_index.lengths), by_score.indices.split(by_score.lengths), strict=True):
+        assert torch.equal(b.sort().values, a)
+        assert (flat[b].diff() <= 0).all()
+
+
+def test_fill_none_keeps_the_ranked_part_only(backend):
+    scores, frames = torch.randn(8, 20), torch.randn(8)
+    options = {"keep_ratio": 0.5, "importance_ratio": 0.5}
+    ranked = ck.select_tokens(scores, frames, fill="none", **options)
+    assert ranked.lengths == (40,)
+    assert set(ranked.indices.tolist()) <= set(ck.select_tokens(scores, frames, **options).indices.tolist())
+    counts = ck.allocate_budget(frames, [(8, 4, 5)], **options)
+    assert torch.equal(ranked.frame_counts, counts)
+
+
+def test_importance_zero_is_a_uniform_grid(backend):
+    kept = ck.select_tokens(torch.randn(1, 101), keep_ratio=0.11, importance_ratio=0.0)
+    assert kept.indices.tolist() == list(range(0, 101, 10))
+
+
+# ---- shapes, layouts, strides -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_and_packed_mean_the_same(dtype, backend):
+    tokens, frames = torch.randn(3, 5, 14).to(dtype), torch.randn(3, 5).to(dtype)
+    dense = ck.select_tokens(tokens, frames, keep_ratio=0.3)
+    packed = ck.select_tokens(tokens.reshape(-1), frames.reshape(-1), [(5, 2, 7)] * 3, keep_ratio=0.3)
+    assert torch.equal(dense.indices, packed.indices)
+    assert torch.equal(dense.frame_counts, packed.frame_counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_stride_gives_the_same_bits(dtype, backend):
+    tokens, frames = torch.randn(6, 31).to(dtype), torch.randn(6).to(dtype)
+    expected = ck.select_tokens(tokens, frames, keep_ratio=0.4)
+    wide = torch.full((13, 70), NAN, dtype=dtype)
+    wide[1::2, 3:65:2] = tokens
+    spread = torch.full((19,), NAN, dtype=dtype)
+    spread[1::3] = frames
+    for view in (wide[1::2, 3:65:2], tokens.t().contiguous().t(), tokens[None].expand(1, 6, 31)):
+        assert torch.equal(ck.select_tokens(view, spread[1::3], keep_ratio=0.4).indices, expected.indices)
+    constant = torch.ones(1, dtype=dtype).expand(6, 31)
+    assert same(*both(constant, keep_ratio=0.4))
+
+
+def test_videos_of_a_batch_do_not_see_each_other(backend):
+    grids = [(3, 2, 5), (1, 7, 7), (9, 1, 4)]
+    sizes = [t * h * w for t, h, w in grids]
+    tokens = [torch.randn(n) for n in sizes]
+    frames = [torch.randn(t) for t, _, _ in grids]
+    together = ck.select_tokens(torch.cat(tokens), torch.cat(frames), grids, keep_ratio=0.35)
+    start = 0
+    for i, kept in enumerate(together.indices.split(together.lengths)):
+        alone = ck.select_tokens(tokens[i], frames[i], [grids[i]], keep_ratio=0.35)
+        assert torch.equal(kept - start, alone.indices)
+        start += sizes[i]
+
+
+def test_num_tokens_is_exact_per_video(backend):
+    grids = [(4, 3, 3), (2, 5, 5)]
+    kept = ck.select_tokens(torch.randn(86), torch.randn(6), grids, num_tokens=[36, 1])
+    assert kept.lengths == (36, 1)
+    assert kept.indices[:36].tolist() == list(range(36))
+    assert ck.select_tokens(torch.randn(86), torch.randn(6), torch.tensor(grids), num_tokens=7).lengths == (7, 7)
+
+
+def test_selection_helpers(backend):
+    kept = ck.select_tokens(torch.randn(20), None, [(2, 2, 3), (4, 1, 2)], num_tokens=[5, 2])
+    assert kept.cu_seqlens.tolist() == [0, 5, 7]
+    assert kept.num_tokens == 20
+    assert torch.equal(kept.mask().nonzero().squeeze(1), kept.indices)
+    left, right = kept.padded_indices("left"), kept.padded_indices("right")
+    assert left.shape == right.shape == (2, 5)
+    assert left[1, :3].tolist() == right[1, 2:].tolist() == [-1, -1, -1]
+    assert torch.equal(left[1, 3:], right[1, :2])
+    with pytest.raises(ValueError, match="side='top'"):
+        kept.padded_indices("top")
+
+
+def test_within_a_prompt_everything_else_is_kept(backend):
+    kept = ck.select_tokens(torch.randn(2, 3, 4), keep_ratio=0.25)
+    prompt = torch.zeros(2, 20, dtype=torch.bool)
+    prompt[0, 2:14] = True
+    prompt[1, 5:17] = True
+    whole = kept.within(prompt)
+    assert whole.lengths == (11, 11)
+    mask = whole.mask().reshape(2, 20)
+    assert mask[~prompt].all()
+    assert torch.equal(mask[prompt], kept.mask())
+    with pytest.raises(ValueError, match=r"marks \[12, 12\] video tokens per row"):
+        ck.select_tokens(torch.randn(2, 3, 5), keep_ratio=0.25).within(prompt)
+    with pytest.raises(ValueError, match="must be a bool mask"):
+        kept.within(prompt.long())
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+GOOD = (torch.zeros(4, 6), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (GOOD, {}, "exactly one of keep_ratio and num_tokens"),
+        (GOOD, {"keep_ratio": 0.5, "num_tokens": 3}, "exactly one of keep_ratio and num_tokens"),
+        (GOOD, {"keep_ratio": 0.0}, r"keep_ratio=0.0 must be in \(0, 1\]"),
+        (GOOD, {"keep_ratio": 1.5}, r"keep_ratio=1.5 must be in \(0, 1\]"),
+        (GOOD, {"keep_ratio": NAN}, r"keep_ratio=nan must be in \(0, 1\]"),
+        (GOOD, {"num_tokens": 25}, r"num_tokens=25 must be in \[1, 24\]"),
+        (GOOD, {"num_tokens": 0}, r"num_tokens=0 must be in \[1, 24\]"),
+        (GOOD, {"num_tokens": [3, 3]}, "num_tokens has 2 entries for 1 videos"),
+        (GOOD, {"keep_ratio": 0.5, "importance_ratio": -0.1}, "importance_ratio=-0.1"),
+        (GOOD, {"keep_ratio": 0.5, "max_frame_ratio": 0.0}, "max_frame_ratio=0.0 must be a positive"),
+        (GOOD, {"keep_ratio": 0.5, "max_frame_ratio": 0.2, "mode": "strict"}, "is below the keep ratio 0.5"),
+        (GOOD, {"keep_ratio": 0.5, "mode": "fast"}, "mode='fast' must be one of"),
+        (GOOD, {"keep_ratio": 0.5, "order": "time"}, "order='time' must be one of"),
+        (GOOD, {"keep_ratio": 0.5, "fill": "best"}, "fill='best' must be one of"),
+        (GOOD, {"keep_ratio": 0.5, "check": "no"}, "check='no' must be one of"),
+        ((torch.zeros(24),), {"keep_ratio": 0.5}, "grid_thw is needed for packed scores"),
+        ((torch.zeros(24), None, [(4, 2, 4)]), {"keep_ratio": 0.5}, "each of the 32 tokens"),
+        ((torch.zeros(24), None, [(4, 0, 6)]), {"keep_ratio": 0.5}, r"entry \(4, 0, 6\)"),
+        ((torch.zeros(24), None, [(4, 6)]), {"keep_ratio": 0.5}, r"entry \(4, 6\)"),
+        ((torch.zeros(4, 6), torch.zeros(5)), {"keep_ratio": 0.5}, "each of the 4 frames"),
+    ],
+)
+def test_bad_arguments_name_value_and_rule(args, options, message):
+    with pytest.raises(ValueError, match=rf"select_tokens: .*{message}") as error:
+        ck.select_tokens(*args, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_types():
+    with pytest.raises(TypeError, match=r"must be float32, bfloat16 or float16 \(token_scores: \[4, 6\] int64 cpu\)"):
+        ck.select_tokens(torch.zeros(4, 6, dtype=torch.long), keep_ratio=0.5)
+    with pytest.raises(TypeError, match="token_scores must be a tensor, got list"):
+        ck.select_tokens([1.0, 2.0], keep_ratio=0.5)
+    with pytest.raises(TypeError, match="must be strided"):
+        ck.select_tokens(torch.zeros(4, 6).to_sparse(), keep_ratio=0.5)
+    with pytest.raises(ValueError, match=r"grid_thw is on meta; reading it would synchronise"):
+        ck.select_tokens(torch.zeros(24), None, torch.zeros(1, 3, device="meta"), keep_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((torch.zeros(8), 9), {}, r"k=9 must be in \[0, 8\], the length of segment 0 \(scores: \[8\] float32 cpu\)"),
+        ((torch.zeros(8), -1), {}, r"k=-1 must be in"),
+        ((torch.zeros(8), 1, [0, 9]), {}, r"cu_seqlens=\[0, 9\] must rise from 0 to N=8"),
+        ((torch.zeros(8), 1, [0, 5, 4, 8]), {}, "must rise from 0"),
+        ((torch.zeros(8), 1, []), {}, "must rise from 0"),
+        ((torch.zeros(8), [1, 1], [0, 8]), {}, "k has 2 entries for 1 segments"),
+        ((torch.zeros(2, 4), 1, [0, 8]), {}, r"scores must be \[N\] when cu_seqlens is given"),
+        ((torch.zeros(2, 2, 2), 1), {}, r"scores must be \[N\] or \[S, P\]"),
+    ],
+)
+def test_segmented_topk_errors(args, options, message):
+    with pytest.raises(ValueError, match=rf"segmented_topk: .*{message}"):
+        ck.segmented_topk(*args, **options)
+
+
+def test_engine_refuses_what_would_read_out_of_bounds():
+    """The binding checks shapes itself: the core never sees a pointer that it could leave."""
+    from cacovid_kernels.native import select as native
+
+    with pytest.raises(ValueError, match="rows of equal length"):
+        native.select_tokens(torch.zeros(2, 6), None, [1, 1, 4, 1, 1, 8], [1, 1], [0.5] * 2, 0.5, [1.0] * 2, False, True, False)
+    with pytest.raises(ValueError, match="one float score per token"):
+        native.select_tokens(torch.zeros(11), None, [1, 1, 12], [1], [0.5], 0.5, [1.0], False, True, False)
+    with pytest.raises(ValueError, match="k must be in"):
+        native.segmented_topk(torch.zeros(4), [0, 4], [5], False)
+
+
+# ---- segmented top-k ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_segmented_topk_matches_a_stable_sort(dtype, k, backend):
+    scores = torch.randn(40).to(dtype)
+    bounds = [0, 5, 5, 29, 40] if k == 0 else [0, 5, 29, 40]
+    expected = []
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        expected += (scores[a:b].sort(descending=True, stable=True).indices[:k] + a).tolist()
+    assert ck.segmented_topk(scores, k, bounds, order="score").tolist() == expected
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 4097, 100_003])
+def test_long_rows(n, backend):
+    scores = torch.randn(n).bfloat16()  # bfloat16: many ties at the boundary
+    k = n // 3
+    expected = scores.float().sort(descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(ck.segmented_topk(scores, k), expected)
+
+
+def test_empty_calls(backend):
+    assert ck.segmented_topk(torch.zeros(0), 0).tolist() == []
+    assert ck.segmented_topk(torch.zeros(0), [], cu_seqlens=[0]).tolist() == []
+
+
+# ---- properties ---------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw):
+    seed = draw(st.integers(0, 2**31 - 1))
+    grid = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=3))
+    generator = torch.Generator().manual_seed(seed)
+    dtype = draw(st.sampled_from(DTYPES))
+    tokens = torch.randn(sum(t * h * w for t, h, w in grid), generator=generator) * draw(st.sampled_from([0, 1, 50]))
+    frames = torch.randn(sum(t for t, _, _ in grid), generator=generator) * draw(st.sampled_from([0, 1, 5]))
+    for odd in draw(st.sets(st.sampled_from([NAN, INF, -INF, -0.0]))):
+        tokens[torch.rand(tokens.shape, generator=generator) < 0.2] = odd
+        frames[torch.rand(frames.shape, generator=generator) < 0.3] = odd
+    options = {
+        "importance_ratio": draw(st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])),
+        "mode": draw(st.sampled_from(["official", "strict"])),
+        "fill": draw(st.sampled_from(["uniform", "none"])),
+        "order": draw(st.sampled_from(["index", "score"])),
+    }
+    if draw(st.booleans()):
+        options["keep_ratio"] = draw(st.floats(0.001, 1.0))
+    else:
+        options["num_tokens"] = [draw(st.integers(1, t * h * w)) for t, h, w in grid]
+    return tokens.to(dtype), frames.to(dtype) if draw(st.booleans()) else None, grid, options
+
+
+@settings(max_examples=3000, deadline=None, derandomize=True, database=None)
+@given(problems())
+def test_engine_equals_reference_and_keeps_the_exact_count(problem):
+    tokens, frames, grid, options = problem
+    reference, engine = both(tokens, frames, grid, **options)
+    assert same(reference, engine)
+    assert engine.indices.numel() == sum(engine.lengths) == engine.mask().sum()
+    per_video = torch.stack([c.sum() for c in engine.frame_counts.split([t for t, _, _ in grid])])
+    assert per_video.tolist() == list(engine.lengths)
+    if options["order"] == "index":
+        assert (engine.indices.diff() > 0).all()
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**31 - 1), st.lists(st.integers(0, 300), min_size=1, max_size=6), st.sampled_from(DTYPES))
+def test_segmented_topk_engine_equals_reference(seed, lengths, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    scores = (torch.randn(sum(lengths), generator=generator) * 2).round().to(dtype)
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    k = [int(torch.randint(0, n + 1, (), generator=generator)) for n in lengths]
+    results = []
+    for name in ("reference", "cpu"):
+        with ck.use_backend(name):
+            results.append(ck.segmented_topk(scores, k, bounds, order=["index", "score"][seed % 2]))
+    assert torch.equal(*results)
+
+
+# ---- threads, processes, instruction sets -------------------------------------------------------
+
+
+def test_result_does_not_depend_on_threads(threads):
+    generator = torch.Generator().manual_seed(3)
+    tokens, frames = torch.randn(400, 77, generator=generator), torch.randn(400, generator=generator)
+    assert same(*both(tokens, frames, keep_ratio=0.2))
+
+
+def _in_child(queue):
+    queue.put(int(ck.select_tokens(torch.ones(500, 64), keep_ratio=0.5).indices.sum()))
+
+
+def test_fork_after_an_op_does_not_hang():
+    torch.set_num_threads(2)
+    expected = int(ck.select_tokens(torch.ones(500, 64), keep_ratio=0.5).indices.sum())
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=20) == expected
+    child.join(20)
+    assert child.exitcode == 0
+
+
+ISA_SCRIPT = """
+import torch, cacovid_kernels as ck
+generator = torch.Generator().manual_seed(1)
+total = 0
+for n in (1, 15, 16, 17, 63, 64, 65, 196, 1000):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(9, n, generator=generator).to(dtype)
+        for ratio in (0.05, 0.3, 1.0):
+            kept = ck.select_tokens(x, torch.randn(9, generator=generator), keep_ratio=ratio).indices
+            total = (total * 31 + int((kept * torch.arange(1, len(kept) + 1)).sum())) % (2**61 - 1)
+print(ck._C.cpu_isa, total)
+"""
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    found = {}
+    for isa in ("baseline", "avx2", "avx512"):
+        env = {**os.environ, "CACOVID_CPU_ISA": isa}
+        run = subprocess.run([sys.executable, "-c", ISA_SCRIPT], env=env, capture_output=True, text=True, check=True)
+        name, total = run.stdout.split()
+        found[name] = total
+    assert "baseline" in found
+    assert len(set(found.values())) == 1, found
+
+
+# ---- torch.compile, opcheck ---------------------------------------------------------------------
+
+
+def test_opcheck():
+    tokens, frames = torch.randn(4, 10), torch.randn(4)
+    budget = ([4, 2, 5], [12], [0.3], 0.5, [0.45], False)
+    torch.library.opcheck(ops._select_tokens.dispatch, (tokens, frames, *budget, True, False))
+    torch.library.opcheck(ops._select_tokens.dispatch, (tokens, None, *budget, True, True))
+    torch.library.opcheck(ops._allocate_budget.dispatch, (frames, *budget))
+    torch.library.opcheck(ops._segmented_topk.dispatch, (tokens, [0, 10, 20, 30, 40], [1, 2, 3, 0], False))
+
+
+def test_compiles_whole():
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def kept(tokens, frames):
+        counts = ck.allocate_budget(frames, [(4, 2, 5)], keep_ratio=0.3)
+        best = ck.segmented_topk(tokens, 2)
+        return ck.select_tokens(tokens * 2, frames, keep_ratio=0.3).indices + 1, counts, best
+
+    tokens, frames = torch.randn(4, 10), torch.randn(4)
+    indices, counts, best = kept(tokens, frames)
+    assert torch.equal(indices, ck.select_tokens(tokens, frames, keep_ratio=0.3).indices + 1)
+    assert torch.equal(counts, ck.allocate_budget(frames, [(4, 2, 5)], keep_ratio=0.3))
+    assert torch.equal(best, ck.segmented_topk(tokens, 2))
+
+
+def test_scores_that_require_a_gradient_are_fine():
+    tokens = torch.randn(4, 10, requires_grad=True)
+    assert not ck.select_tokens(tokens, keep_ratio=0.3).indices.requires_grad
