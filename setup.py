@@ -30,8 +30,11 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCACOVID_SANITIZE={os.environ.get('CACOVID_SANITIZE', '')}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(work)], check=True)
+        # cmake and ninja may be installed beside this Python without its bin folder being on the path.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        env = {**os.environ, "PATH": path}
+        subprocess.run(configure, check=True, env=env)
+        subprocess.run(["cmake", "--build", str(work)], check=True, env=env)
 
 
 setup(ext_modules=[Extension("cacovid_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

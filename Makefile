@@ -1,0 +1,54 @@
+# Everything runs from one virtual environment, .venv, which the first target to need it creates.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SANITIZERS := address,undefined thread
+OUT ?= demo_out
+
+# $(call timed,name,command): runs a command and prints how long it took.
+timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
+
+.PHONY: help dev demo test bench lint format sanitize wheel nightly doctor clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
+
+$(VENV)/.installed: requirements-dev.txt
+	$(call timed,creating $(VENV),$(PYTHON) -m venv $(VENV) && $(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt && touch $@)
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(call timed,building the native module,$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . && touch $@)
+
+dev: $(VENV)/.built  ## create .venv and build the native module into the checkout
+
+demo: $(VENV)/.built  ## run the main job on a clip that it renders itself
+	$(call timed,demo,$(PY) -m cacovid_kernels demo --out $(OUT))
+
+test: $(VENV)/.built  ## run the tests
+	$(call timed,tests,$(PY) -m pytest tests)
+
+bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
+	$(call timed,benchmarks,$(PY) -m pytest bench --benchmark-columns=median,min,iqr,rounds --benchmark-sort=median $(if $(RESULTS),--save-results $(RESULTS)))
+
+lint: $(VENV)/.installed  ## ruff, mypy, clang-format
+	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.inl,$(SOURCES)))
+
+format: $(VENV)/.installed  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i $(filter %.cpp %.h %.inl,$(SOURCES))
+
+sanitize: $(VENV)/.installed  ## run the C++ suite under ASan, UBSan and TSan
+	$(call timed,sanitizers,for s in $(SANITIZERS); do PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$$s -G Ninja -DCMAKE_BUILD_TYPE=Release -DCACOVID_SANITIZE=$$s >/dev/null && PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$$s && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/$$s --output-on-failure || exit 1; done)
+
+wheel: $(VENV)/.installed  ## build the wheel as pip does, without torch, and print its size
+	$(call timed,wheel,$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist . && ls -l dist)
+
+nightly: $(VENV)/.built  ## the slow checks: exhaustive and statistical
+	$(call timed,nightly,$(PY) -m pytest tests -m nightly)
+
+doctor: $(VENV)/.built  ## say what is built and which backends work
+	$(PY) -m cacovid_kernels doctor
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info cacovid_kernels/_C*.so $(OUT)
