@@ -24,7 +24,8 @@ struct KeyRow {
   int32_t status;
 };
 
-struct RowLoops;  // row_loops.h
+struct NoiseLoops;  // noise_loops.h
+struct RowLoops;    // row_loops.h
 
 struct HotLoops {
   const char* name;
@@ -48,6 +49,7 @@ struct HotLoops {
   void (*pool_frame)(const void* hidden, DType dtype, const FrameShape& shape, float eps, float* rrms, float* mean,
                      float* sums);
 
+  const NoiseLoops* noise;
   const RowLoops* rows;
 };
 

@@ -5,6 +5,7 @@
 #endif
 
 #include "isa/hot_loops.h"
+#include "isa/noise_loops.inl"
 #include "isa/pool_frame.inl"
 #include "isa/row_loops.inl"
 #include "isa/top_masks.inl"
@@ -13,6 +14,6 @@ namespace cacovid::cpu {
 
 extern const HotLoops CACOVID_LOOPS;
 const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME, load_keys,  top_masks,      set_ranked_zeros,
-                                list_bits,          pool_frame, &row_loop_table};
+                                list_bits,          pool_frame, &noise_loop_table, &row_loop_table};
 
 }  // namespace cacovid::cpu

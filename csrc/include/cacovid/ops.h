@@ -28,6 +28,29 @@ void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool
 void segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int64_t segments, bool by_score,
                     int threads, int64_t* indices, int32_t* status);
 
+// ---- sample -------------------------------------------------------------------------------------
+// Whose noise a draw uses (philox.h).
+struct DrawKey {
+  uint64_t seed;
+  uint32_t step, stream;
+};
+
+// logits [R, N] f32 | f16 | bf16 -> indices [samples, R, k] i64 in draw order, padded with -1 where fewer than k
+// have a chance; log_prob [samples, R] of the ordered draw; status [R] i32.
+void gumbel_topk(Tensor logits, int64_t k, int64_t samples, DrawKey key, int threads, int64_t* indices,
+                 float* log_prob, int32_t* status);
+
+// logits [R, N] f64 | f32 | f16 | bf16, indices [S, R, k] i64 -> log_prob [S, R] of the ordered draws.
+void pl_log_prob(Tensor logits, Tensor indices, int threads, double* log_prob);
+// grad [S, R] -> grad_logits [R, N].
+void pl_log_prob_backward(const double* grad, Tensor logits, Tensor indices, int threads, double* grad_logits);
+// direction [R, N], the gradient that reached grad_logits -> grad_grad [S, R], grad_logits [R, N].
+void pl_log_prob_double_backward(const double* direction, const double* grad, Tensor logits, Tensor indices,
+                                 int threads, double* grad_grad, double* grad_logits);
+
+// bits [n] -> standard Gumbel noise [n] (gumbel.h).
+void gumbel_noise(const uint32_t* bits, int64_t n, float* noise);
+
 // ---- score --------------------------------------------------------------------------------------
 // hidden [N, D] f32 | f16 | bf16, frames of grid_thw [3 * videos] -> rrms [N], 1 / sqrt(mean square + eps) of
 // every row; frame_mean [F, D], the mean row of every frame. One read of hidden.

@@ -6,6 +6,7 @@
 namespace cacovid {
 
 constexpr uint32_t key_nan = 0;
+constexpr uint32_t key_neginf = 0x007fffffu;
 constexpr uint32_t key_posinf = 0xff800000u;
 
 // Larger key = ranked earlier. Monotone in the score; every NaN maps to 0.

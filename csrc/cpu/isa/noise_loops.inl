@@ -1,0 +1,130 @@
+// Philox and Gumbel noise for many elements, and the sums that log-probabilities need.
+#include "cacovid/gumbel.h"
+#include "cacovid/order.h"
+#include "cacovid/philox.h"
+#include "isa/noise_loops.h"
+
+namespace cacovid::cpu {
+namespace {
+
+// Philox multiplies 32 by 32 bits into 64. In lanes of 64 bits, of which the products read the low half only,
+// that is one instruction and the other halves may hold anything.
+#if defined(__AVX512F__)
+constexpr int wide_lanes = 8;
+#elif defined(__AVX2__)
+constexpr int wide_lanes = 4;
+#else
+constexpr int wide_lanes = 2;
+#endif
+typedef uint64_t Wide __attribute__((vector_size(8 * wide_lanes)));
+typedef uint32_t Narrow __attribute__((vector_size(4 * wide_lanes)));
+
+inline __attribute__((always_inline)) Wide multiply_low(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Wide>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+constexpr int noise_block = 16;
+
+// random_bits of `noise_block` elements of a row.
+inline void random_block(const uint32_t* columns, const uint32_t* stream_samples, const NoiseRow& row,
+                         uint32_t* bits) {
+  constexpr int parts = noise_block / wide_lanes;
+  Wide c0[parts], c1[parts], c2[parts], c3[parts];
+  for (int p = 0; p < parts; ++p) {
+    Narrow column, stream_sample;
+    std::memcpy(&column, columns + p * wide_lanes, sizeof column);
+    std::memcpy(&stream_sample, stream_samples + p * wide_lanes, sizeof stream_sample);
+    c0[p] = __builtin_convertvector(column, Wide);
+    c1[p] = Wide{} + row.row;
+    c2[p] = Wide{} + row.step;
+    c3[p] = __builtin_convertvector(stream_sample, Wide);
+  }
+  const Wide multiplier0 = Wide{} + philox_multiplier_0, multiplier1 = Wide{} + philox_multiplier_1;
+  uint32_t key0 = static_cast<uint32_t>(row.seed), key1 = static_cast<uint32_t>(row.seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int p = 0; p < parts; ++p) {
+      const Wide product0 = multiply_low(c0[p], multiplier0), product1 = multiply_low(c2[p], multiplier1);
+      c0[p] = (product1 >> 32) ^ c1[p] ^ key0;
+      c1[p] = product1;
+      c2[p] = (product0 >> 32) ^ c3[p] ^ key1;
+      c3[p] = product0;
+    }
+    key0 += philox_key_step_0;
+    key1 += philox_key_step_1;
+  }
+  for (int p = 0; p < parts; ++p) {
+    const Narrow word = __builtin_convertvector(c0[p], Narrow);
+    std::memcpy(bits + p * wide_lanes, &word, sizeof word);
+  }
+}
+
+void gumbel(const uint32_t* bits, int64_t n, float* noise) {
+  for (int64_t i = 0; i < n; ++i) noise[i] = gumbel_noise(bits[i]);
+}
+
+// The score that an order key stands for (+0 for both zeros, NaN for NaN).
+inline __attribute__((always_inline)) float key_score(uint32_t key) {
+  return bits_to_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// Order key of a score plus noise; 0 where the probability is zero.
+inline __attribute__((always_inline)) uint32_t perturbed_key(uint32_t key, uint32_t bits) {
+  const uint32_t perturbed = order_key(key_score(key) + gumbel_noise(bits));
+  return key > key_neginf ? perturbed : 0;
+}
+
+void perturb(const uint32_t* keys, const uint32_t* columns, int64_t n, const NoiseRow& row, uint32_t stream_sample,
+             KeyRow& out) {
+  uint32_t stream_samples[noise_block], bits[noise_block], smallest[noise_block], largest[noise_block];
+  for (int l = 0; l < noise_block; ++l) {
+    stream_samples[l] = stream_sample;
+    smallest[l] = 0xffffffffu;
+    largest[l] = 0;
+  }
+  for (int64_t i = 0; i < n; i += noise_block) {
+    random_block(columns + i, stream_samples, row, bits);
+    for (int l = 0; l < noise_block; ++l) out.keys[i + l] = perturbed_key(keys[i + l], bits[l]);
+    for (int l = 0; l < noise_block; ++l) {
+      const uint32_t key = out.keys[i + l];
+      smallest[l] = key < smallest[l] ? key : smallest[l];  // the padding's 0 is a valid lower bound too
+      largest[l] = key > largest[l] ? key : largest[l];
+    }
+  }
+  for (int64_t i = (n + noise_block - 1) / noise_block * noise_block; i < padded(n); ++i) out.keys[i] = 0;
+  out.smallest = 0xffffffffu;
+  out.largest = 0;
+  for (int l = 0; l < noise_block; ++l) {
+    out.smallest = smallest[l] < out.smallest ? smallest[l] : out.smallest;
+    out.largest = largest[l] > out.largest ? largest[l] : out.largest;
+  }
+}
+
+void exp_below(const double* x, int64_t n, double top, double* e) {
+  for (int64_t i = 0; i < n; ++i) e[i] = exp_exact(x[i] - top);
+}
+
+// Sixteen running sums whatever the registers' width: one order of additions, hence the same bits.
+double sum(const double* x, int64_t n) {
+  double lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int l = 0; l < 16; ++l) lanes[l] += x[i + l];
+  }
+  for (; i < n; ++i) lanes[i % 16] += x[i];
+  for (int width = 8; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  }
+  return lanes[0];
+}
+
+constexpr NoiseLoops noise_loop_table = {gumbel, perturb, exp_below, sum};
+
+}  // namespace
+}  // namespace cacovid::cpu
