@@ -70,7 +70,7 @@ class Selection:
         """`[B, max(lengths)]` int64: the indices of each video, padded with -1 on `side` ("left" or "right")."""
         if side not in ("left", "right"):
             raise ValueError(f'Selection.padded_indices: side={side!r} must be "left" or "right".')
-        longest = max(self.lengths, default=0)
+        longest = max(self.lengths) if self.lengths else 0
         rows = []
         for kept in self.indices.split(list(self.lengths)):
             missing = longest - kept.numel()

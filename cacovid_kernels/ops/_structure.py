@@ -10,6 +10,11 @@ from torch import Tensor
 Path = tuple[Any, ...]
 
 
+def name_of(path: Path) -> str:
+    """How a message calls the tensor at `path`: `tensors['layers'][3]`."""
+    return "tensors" + "".join(f"[{key!r}]" for key in path)
+
+
 def leaves(op: str, tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
     """Every tensor of `tree` with the keys that lead to it. None entries are left out."""
     if tree is None:
@@ -21,8 +26,7 @@ def leaves(op: str, tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
     if isinstance(tree, (list, tuple)):
         return [leaf for i, item in enumerate(tree) for leaf in leaves(op, item, (*path, i))]
     raise TypeError(
-        f"{op}: tensors hold a {type(tree).__name__} at {list(path)}. "
-        f"Pass tensors, or dicts and lists of them."
+        f"{op}: {name_of(path)} is a {type(tree).__name__}. Pass tensors, or dicts and lists of them."
     )
 
 

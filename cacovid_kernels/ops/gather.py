@@ -11,7 +11,7 @@ from torch import Tensor
 from cacovid_kernels._library import NAMESPACE, Op, library
 from cacovid_kernels.ops._checks import check_choice, check_same_device, describe
 from cacovid_kernels.ops._overlap import check_outputs
-from cacovid_kernels.ops._structure import leaves, option_of, rebuild
+from cacovid_kernels.ops._structure import leaves, name_of, option_of, rebuild
 from cacovid_kernels.selection import Selection
 
 _OP = "gather_tokens"
@@ -114,7 +114,7 @@ def _token_shapes(selection: Any, num_tokens: int) -> list[tuple[int, ...]]:
     """The shapes in which all tokens of a selection may lie: [N], [B, N / B], [T, P], [B, T, P]."""
     shapes: list[tuple[int, ...]] = [(num_tokens,)]
     grid = getattr(selection, "grid_thw", ())
-    if grid and len(set(grid)) == 1:
+    if grid and all(video == grid[0] for video in grid[1:]):  # a set would hash, hence fix, symbolic sizes
         b, (t, h, w) = len(grid), grid[0]
         shapes += [(b, t * h * w), (b * t, h * w), (b, t, h * w)]
     return shapes
@@ -127,7 +127,7 @@ def _token_axis(x: Tensor, path: tuple, shapes: list[tuple[int, ...]]) -> tuple[
             if tuple(x.shape[dim : dim + len(shape)]) == shape:
                 return x if len(shape) == 1 else x.flatten(dim, dim + len(shape) - 1), dim
     raise ValueError(
-        f"{_OP}: no axis of tensors{list(path)} has the {shapes[0][0]} tokens of the selection "
+        f"{_OP}: no axis of {name_of(path)} has the {shapes[0][0]} tokens of the selection "
         f"(tensor: {describe(x)}). Pass the tensor that was scored, or name its token axis with dim."
     )
 
@@ -138,7 +138,7 @@ def _sources(selection: Any, tensors: list[tuple[tuple, Tensor]], dim: Any) -> t
     for path, x in tensors:
         if x.is_complex() or x.is_quantized or x.layout is not torch.strided:
             raise TypeError(
-                f"{_OP}: tensors{list(path)} must be strided and neither complex nor quantized "
+                f"{_OP}: {name_of(path)} must be strided and neither complex nor quantized "
                 f"(tensor: {describe(x)}). Pass torch.view_as_real(x) or x.to_dense()."
             )
         axis = option_of(dim, path, None)
@@ -147,12 +147,26 @@ def _sources(selection: Any, tensors: list[tuple[tuple, Tensor]], dim: Any) -> t
         if axis is None:
             x, axis = _token_axis(x, path, _token_shapes(selection, num_tokens or 0))
         elif not -x.dim() <= axis < x.dim():
-            raise ValueError(f"{_OP}: dim={axis} is no axis of tensors{list(path)} (tensor: {describe(x)}).")
+            raise ValueError(f"{_OP}: dim={axis} is no axis of {name_of(path)} (tensor: {describe(x)}).")
         axis %= max(x.dim(), 1)
         num_tokens = x.shape[axis] if num_tokens is None else num_tokens
         xs.append(x)
         dims.append(axis)
     return xs, dims
+
+
+def _gather(xs: list[Tensor], index: Tensor, dims: list[int]) -> list[Tensor]:
+    """One call, or one for what needs a gradient and one for the rest, which stays without."""
+    needs = [x.requires_grad and torch.is_grad_enabled() for x in xs]
+    if all(needs) or not any(needs):
+        return _gather_rows(xs, index, dims)
+    results: list[Any] = [None] * len(xs)
+    for group in (True, False):
+        chosen = [i for i, need in enumerate(needs) if need is group]
+        gathered = _gather_rows([xs[i] for i in chosen], index, [dims[i] for i in chosen])
+        for i, result in zip(chosen, gathered, strict=True):
+            results[i] = result
+    return results
 
 
 def _check_range(index: Tensor, size: int) -> None:
@@ -223,19 +237,22 @@ def gather_tokens(
     found = leaves(_OP, tensors)
     xs, dims = _sources(selection, found, dim)
     for path, x in found:
-        check_same_device(_OP, selection=index, **{f"tensors{list(path)}": x})
+        if x.device != index.device:
+            check_same_device(_OP, "selection", index, name_of(path), x)
     if check == "raise":
         for size in {x.shape[d] for x, d in zip(xs, dims, strict=True)}:
             _check_range(index, size)
     index = index.detach()
     if out is None:
-        results = _gather_rows(xs, index, dims) if xs else []
+        results = _gather(xs, index, dims) if xs else []
     else:
         results = [x for _, x in leaves(_OP, out)]
         shapes = [x.shape[:d] + index.shape + x.shape[d + 1 :] for x, d in zip(xs, dims, strict=True)]
         check_outputs(_OP, [x for _, x in found], shapes, results)
         if xs:
             _gather_rows_out(xs, index, dims, results)
+            if not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version(results)
     for i, (path, _) in enumerate(found):
         value = option_of(pad_value, path, 0)
         if value != 0:
