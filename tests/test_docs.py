@@ -1,0 +1,43 @@
+"""The examples in docstrings and README run and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import cacovid_kernels
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+MODULES = [
+    name
+    for _, name, _ in pkgutil.walk_packages(cacovid_kernels.__path__, "cacovid_kernels.")
+    if not name.endswith(("_C", "__main__"))
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=OPTIONS)
+    assert failed == 0
+
+
+def test_readme_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_repository_speaks_of_the_product_alone():
+    banned = re.compile(r"/work/|/tmp/|\bTODO\b|\bFIXME\b|\bXXX\b")
+    for folder in ("cacovid_kernels", "csrc", "python", "bench", "docs", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".h", ".cpp", ".inl", ".md", ".txt", ".pyi"}:
+                found = banned.search(path.read_text())
+                assert not found, f"{path}: {found}"
