@@ -26,6 +26,8 @@ struct Names {
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
+  PyObject* numel = PyUnicode_InternFromString("numel");
 };
 
 const Names& names() {
@@ -93,10 +95,15 @@ constexpr DType dtype_of<double>() { return DType::f64; }
 
 template <class T>
 T* output(py::handle tensor, const char* name, int64_t count) {
-  const Tensor t = to_tensor(tensor, name);
-  check(t.dtype == dtype_of<T>() && t.contiguous() && t.numel() == count,
-        std::string(name) + " must be contiguous with " + std::to_string(count) + " elements of the op's type");
-  return t.as<T>();
+  const Names& n = names();
+  PyObject* object = tensor.ptr();
+  const bool on_cpu = own(PyObject_GetAttr(object, n.is_cpu)).ptr() == Py_True;
+  const bool contiguous = own(PyObject_CallMethodNoArgs(object, n.is_contiguous)).ptr() == Py_True;
+  const DType dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
+  const int64_t numel = PyLong_AsLongLong(own(PyObject_CallMethodNoArgs(object, n.numel)).ptr());
+  check(on_cpu && contiguous && dtype == dtype_of<T>() && numel == count,
+        std::string(name) + " must be a contiguous CPU tensor with " + std::to_string(count) + " elements of the op's type");
+  return static_cast<T*>(PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr()));
 }
 
 template int64_t* output<int64_t>(py::handle, const char*, int64_t);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,15 @@ def parse_grid(op: str, grid_thw: Sequence[Sequence[int]] | Tensor | None, score
     return grid if torch.compiler.is_compiling() else _checked_grid(op, grid)  # type: ignore[arg-type, return-value]
 
 
+class Budget(NamedTuple):
+    """What the host knows about every video's budget before it sees a score."""
+
+    grid: list[int]  # frames, rows, columns of every video in one list, as the ops take it
+    num_keep: list[int]
+    keep_ratio: list[float]
+    max_frame_ratio: list[float]
+
+
 def parse_budget(
     op: str,
     grid: Grid,
@@ -84,11 +94,29 @@ def parse_budget(
     max_frame_ratio: float | None,
     strict: bool,
     fill: bool = True,
-) -> tuple[list[int], list[float], list[float]]:
+) -> Budget:
     """Tokens to keep, keep ratio and frame cap of every video, from either way of naming a budget."""
+    if num_tokens is not None and not isinstance(num_tokens, (int, torch.SymInt)):
+        num_tokens = tuple(num_tokens)
+    # Videos of a job repeat their grids: the host arithmetic of a call is looked up, except while tracing.
+    plan = _plan_budget if torch.compiler.is_compiling() else _known_budget
+    return plan(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, fill)
+
+
+def _plan_budget(
+    op: str,
+    grid: Grid,
+    keep_ratio: float | None,
+    num_tokens: int | tuple[int, ...] | None,
+    importance_ratio: float,
+    max_frame_ratio: float | None,
+    strict: bool,
+    fill: bool,
+) -> Budget:
     if (keep_ratio is None) == (num_tokens is None):
         raise ValueError(
-            f"{op}: pass exactly one of keep_ratio and num_tokens, got keep_ratio={keep_ratio} and num_tokens={num_tokens}."
+            f"{op}: pass exactly one of keep_ratio and num_tokens, "
+            f"got keep_ratio={keep_ratio} and num_tokens={num_tokens}."
         )
     if not 0.0 <= importance_ratio <= 1.0:
         raise ValueError(f"{op}: importance_ratio={importance_ratio} must be in [0, 1].")
@@ -100,7 +128,7 @@ def parse_budget(
         ratios = [float(keep_ratio)] * len(grid)
         kept = [_tokens_kept(keep_ratio, importance_ratio, fill, *video) for video in grid]
     else:
-        kept = [num_tokens] * len(grid) if isinstance(num_tokens, (int, torch.SymInt)) else list(num_tokens)  # type: ignore[arg-type]
+        kept = list(num_tokens) if isinstance(num_tokens, tuple) else [num_tokens] * len(grid)  # type: ignore[list-item]
         if len(kept) != len(grid):
             raise ValueError(f"{op}: num_tokens has {len(kept)} entries for {len(grid)} videos.")
         for k, (t, h, w) in zip(kept, grid, strict=True):
@@ -113,7 +141,10 @@ def parse_budget(
             f'its share. Raise it, or pass mode="official", which lets frames exceed it.'
         )
     caps = [1.5 * r if max_frame_ratio is None else float(max_frame_ratio) for r in ratios]
-    return kept, ratios, caps
+    return Budget([n for video in grid for n in video], kept, ratios, caps)
+
+
+_known_budget = lru_cache(maxsize=1024)(_plan_budget)
 
 
 def _tokens_kept(ratio: float, importance_ratio: float, fill: bool, t: int, h: int, w: int) -> int:

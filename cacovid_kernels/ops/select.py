@@ -116,11 +116,10 @@ def allocate_budget(
     check_choice(op, "mode", mode, ("official", "strict"))
     check_choice(op, "check", check, ("flag", "raise"))
     strict = mode == "strict"
-    budget = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict)
-    kept, ratios, caps = budget
-    flat = [n for video in grid for n in video]
+    b = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict)
+    frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
     counts, status = _allocate_budget(
-        frame_scores.detach(), flat, kept, ratios, importance_ratio, caps, strict
+        frame_scores, b.grid, b.num_keep, b.keep_ratio, float(importance_ratio), b.max_frame_ratio, strict
     )
     if check == "raise":
         raise_if_flagged(op, status, "video")
@@ -194,16 +193,15 @@ def select_tokens(
         check_same_device(op, "frame_scores", frame_scores, "token_scores", token_scores)
         frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
     strict, uniform = mode == "strict", fill == "uniform"
-    budget = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, uniform)
-    kept, ratios, caps = budget
+    b = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, uniform)
     token_scores = _rows_of_frames(token_scores, grid)
-    flat = [n for video in grid for n in video]
     indices, frame_counts, status = _select_tokens(
-        token_scores, frame_scores, flat, kept, ratios, float(importance_ratio), caps, strict, uniform, order == "score"
+        token_scores, frame_scores, b.grid, b.num_keep, b.keep_ratio, float(importance_ratio), b.max_frame_ratio,
+        strict, uniform, order == "score",
     )  # fmt: skip
     if check == "raise":
         raise_if_flagged(op, status, "video")
-    return Selection(indices, frame_counts, status, tuple(kept), grid)
+    return Selection(indices, frame_counts, status, tuple(b.num_keep), grid)
 
 
 def _rows_of_frames(scores: Tensor, grid: Grid) -> Tensor:

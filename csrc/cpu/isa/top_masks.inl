@@ -59,6 +59,7 @@ inline int64_t count_at_least(const uint32_t* keys, int64_t n, uint32_t threshol
 #if defined(__AVX512F__)
   const __m512i t = _mm512_set1_epi32(static_cast<int>(threshold));
   int64_t count = 0;
+#pragma GCC unroll 8
   for (int64_t i = 0; i < n; i += 16) {
     count += __builtin_popcount(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + i), t));
   }
