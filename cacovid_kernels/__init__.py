@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cacovid_kernels._backend import backends, use_backend
 from cacovid_kernels.ops.gather import gather_tokens
+from cacovid_kernels.ops.sample import GumbelSample, gumbel_topk, pl_log_prob
 from cacovid_kernels.ops.score import PolicyHead, score_tokens
 from cacovid_kernels.ops.select import allocate_budget, segmented_topk, select_tokens
 from cacovid_kernels.policy import CompressionPolicy, PolicyConfig
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressionPolicy",
+    "GumbelSample",
     "PolicyConfig",
     "PolicyHead",
     "Selection",
@@ -20,6 +22,8 @@ __all__ = [
     "allocate_budget",
     "backends",
     "gather_tokens",
+    "gumbel_topk",
+    "pl_log_prob",
     "score_tokens",
     "segmented_topk",
     "select_tokens",

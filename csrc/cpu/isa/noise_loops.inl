@@ -82,28 +82,19 @@ inline __attribute__((always_inline)) uint32_t perturbed_key(uint32_t key, uint3
 
 void perturb(const uint32_t* keys, const uint32_t* columns, int64_t n, const NoiseRow& row, uint32_t stream_sample,
              KeyRow& out) {
-  uint32_t stream_samples[noise_block], bits[noise_block], smallest[noise_block], largest[noise_block];
-  for (int l = 0; l < noise_block; ++l) {
-    stream_samples[l] = stream_sample;
-    smallest[l] = 0xffffffffu;
-    largest[l] = 0;
+  uint32_t stream_samples[noise_block], bits[key_block];
+  for (int l = 0; l < noise_block; ++l) stream_samples[l] = stream_sample;
+  for (int64_t i = 0; i < n; i += key_block) {
+    for (int b = 0; b < key_block; b += noise_block) random_block(columns + i + b, stream_samples, row, bits + b);
+    for (int l = 0; l < key_block; ++l) out.keys[i + l] = perturbed_key(keys[i + l], bits[l]);
   }
-  for (int64_t i = 0; i < n; i += noise_block) {
-    random_block(columns + i, stream_samples, row, bits);
-    for (int l = 0; l < noise_block; ++l) out.keys[i + l] = perturbed_key(keys[i + l], bits[l]);
-    for (int l = 0; l < noise_block; ++l) {
-      const uint32_t key = out.keys[i + l];
-      smallest[l] = key < smallest[l] ? key : smallest[l];  // the padding's 0 is a valid lower bound too
-      largest[l] = key > largest[l] ? key : largest[l];
-    }
+  uint32_t smallest = 0xffffffffu, largest = 0;  // in a loop of its own: together they do not vectorise
+  for (int64_t i = 0; i < n; ++i) {
+    smallest = out.keys[i] < smallest ? out.keys[i] : smallest;
+    largest = out.keys[i] > largest ? out.keys[i] : largest;
   }
-  for (int64_t i = (n + noise_block - 1) / noise_block * noise_block; i < padded(n); ++i) out.keys[i] = 0;
-  out.smallest = 0xffffffffu;
-  out.largest = 0;
-  for (int l = 0; l < noise_block; ++l) {
-    out.smallest = smallest[l] < out.smallest ? smallest[l] : out.smallest;
-    out.largest = largest[l] > out.largest ? largest[l] : out.largest;
-  }
+  out.smallest = smallest;
+  out.largest = largest;
 }
 
 void exp_below(const double* x, int64_t n, double top, double* e) {

@@ -17,13 +17,20 @@
 namespace cacovid {
 
 // Round to the nearest integer, ties to even, for |x| < 2^51.
-CACOVID_HD double round_even(double x) {
-  const double shift = 6755399441055744.0;  // 1.5 * 2^52
-  return (x + shift) - shift;
+constexpr double rounding_shift = 6755399441055744.0;  // 1.5 * 2^52
+CACOVID_HD double round_even(double x) { return (x + rounding_shift) - rounding_shift; }
+
+// The same as an integer. The shifted sum holds it in its low bits; converting instead would keep loops from
+// vectorising where the instruction set has no such conversion.
+CACOVID_HD int64_t round_even_bits(double x) {
+  const double shifted = x + rounding_shift;
+  int64_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  return bits - 0x4338000000000000;
 }
 
 // Fixed point with 40 fractional bits: integer sums have the same bits in every order.
-CACOVID_HD int64_t to_fixed(double x) { return static_cast<int64_t>(round_even(x * 1099511627776.0)); }
+CACOVID_HD int64_t to_fixed(double x) { return round_even_bits(x * 1099511627776.0); }
 CACOVID_HD double from_fixed(int64_t x) { return static_cast<double>(x) * 9.094947017729282379150390625e-13; }
 
 // e^x for x <= 0, relative error below 4e-16; 0 below -700.
@@ -47,7 +54,7 @@ CACOVID_HD double exp_exact(double x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  const int64_t bits = (static_cast<int64_t>(n) + 1023) << 52;
+  const int64_t bits = (round_even_bits(n) + 1023) << 52;
   double scale;
   memcpy(&scale, &bits, sizeof scale);
   return tiny ? 0.0 : p * scale;
