@@ -1,0 +1,179 @@
+"""LLaVA-OneVision of Hugging Face: tiny and random, or a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from cacovid_kernels.demo import UserError
+
+# The prompt in which LLaVA-OneVision was trained, as its model card gives it.
+BEFORE, AFTER = "<|im_start|>user ", "\n{question}<|im_end|><|im_start|>assistant\n"
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<image>", "<video>")
+FRAMES_PER_PASS = 8  # through the vision tower, so that its memory does not grow with the video
+
+
+@dataclass(frozen=True)
+class TinyGeometry:
+    """Sizes of the random model; the defaults cut a frame into 14 x 14 tokens, as the 7B checkpoint does."""
+
+    image_size: int = 384
+    patch_size: int = 14
+    vision_width: int = 64
+    vision_layers: int = 2
+    width: int = 256
+    layers: int = 4
+
+
+@dataclass(frozen=True)
+class VideoModel:
+    """A LLaVA-OneVision model with what turns frames and a question into its inputs."""
+
+    network: Any  # transformers.LlavaOnevisionForConditionalGeneration
+    tokenizer: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str
+    is_random: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def grid(self, num_frames: int) -> tuple[int, int, int]:
+        """Frames, rows and columns of the video tokens: the tower's patches after 2x2 pooling."""
+        vision = self.network.config.vision_config
+        side = math.ceil(vision.image_size // vision.patch_size / 2)
+        return num_frames, side, side
+
+    def pixels(self, frames: np.ndarray) -> Tensor:
+        """Frames `[T, H, W, 3]` uint8 -> the vision tower's input `[T, 3, S, S]`."""
+        # Hugging Face's video processor needs torchvision, which this does not: its three steps (bicubic
+        # antialiased resize, scaling to [0, 1], normalisation), with the mean and deviation of its config.
+        size = self.network.config.vision_config.image_size
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        resized = []
+        for frame in torch.from_numpy(np.ascontiguousarray(frames)):
+            image = frame.permute(2, 0, 1)[None].float()
+            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).round_().clamp_(0, 255)
+            resized.append((image[0] / 255 - mean) / std)
+        return torch.stack(resized).to(self.device, self.network.dtype)
+
+    def prompt(self, question: str, num_video_tokens: int) -> Tensor:
+        """Token ids `[1, L]` of the chat prompt, with placeholders for the video and the newline after it."""
+        config = self.network.config
+        before, after = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (BEFORE, AFTER.format(question=question))
+        )
+        if {config.video_token_id, config.image_token_id} & set(after):
+            raise UserError("question: it must not contain <video> or <image>. Leave the placeholder out.")
+        ids = before + [config.video_token_id] * (num_video_tokens + 1) + after
+        return torch.tensor([ids], device=self.device)
+
+    def video_mask(self, ids: Tensor) -> Tensor:
+        """`[1, L]` bool, true at the video tokens; the newline that ends them counts as text and stays."""
+        mask = ids == self.network.config.video_token_id
+        newline = mask.cumsum(1).argmax(1)  # where the count reaches its last value
+        return mask.scatter(1, newline[:, None], False)
+
+    def encode_video(self, pixels: Tensor, progress: Callable[[float], None]) -> Tensor:
+        """Vision tower, projector and pooling: `[T, 3, S, S]` -> `[T * h * w + 1, D]`, the newline last."""
+        features = []
+        for start in range(0, len(pixels), FRAMES_PER_PASS):
+            chunk = pixels[None, start : start + FRAMES_PER_PASS]
+            output = self.network.model.get_video_features(chunk, return_dict=True).pooler_output[0]
+            features.append(output[:-1])
+            progress(min(1.0, (start + FRAMES_PER_PASS) / len(pixels)))
+        return torch.cat([*features, output[-1:]])
+
+    def embed(self, ids: Tensor, video: Tensor) -> Tensor:
+        """Text embeddings with the video features in the placeholders' places: `[1, L, D]`."""
+        embeds = self.network.get_input_embeddings()(ids)
+        placeholders = (ids == self.network.config.video_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(placeholders, video.to(embeds.dtype))
+
+
+def tiny_model(geometry: TinyGeometry = TinyGeometry(), seed: int = 0) -> VideoModel:
+    """Build a random LLaVA-OneVision model and a byte-level tokenizer, without any download."""
+    tokenizer = _byte_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = transformers.LlavaOnevisionConfig(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": geometry.width,
+            "intermediate_size": 2 * geometry.width,
+            "num_hidden_layers": geometry.layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "initializer_range": 0.08,  # larger than usual: logits of order 1 make the comparison sharp
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": geometry.vision_width,
+            "intermediate_size": 2 * geometry.vision_width,
+            "num_hidden_layers": geometry.vision_layers,
+            "num_attention_heads": 2,
+            "image_size": geometry.image_size,
+            "patch_size": geometry.patch_size,
+            "vision_use_head": False,
+        },
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
+    network.generation_config = transformers.GenerationConfig(pad_token_id=ids["<|im_end|>"])
+    return VideoModel(
+        network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), "tiny random", is_random=True
+    )
+
+
+def load_model(name: str) -> VideoModel:
+    """Load a LLaVA-OneVision checkpoint from a folder in the layout of Hugging Face, or by its hub name.
+
+    Raises:
+        UserError: there is no such folder or model, or it is of another kind.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type != "llava_onevision":
+            raise UserError(
+                f"model: {name} is a {config.model_type} model; it must be llava_onevision. "
+                "Give a LLaVA-OneVision checkpoint in the layout of Hugging Face."
+            )
+        network = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(name, dtype="auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        images, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+        mean, std = tuple(images["image_mean"]), tuple(images["image_std"])
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"model: {name} cannot be loaded: {reason[0]} Give a checkpoint folder.") from None
+    return VideoModel(network.eval(), tokenizer, mean, std, name, is_random=False)
+
+
+def _byte_tokenizer() -> Any:
+    """One token per byte of UTF-8, and the chat's special tokens: any question has an encoding."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|im_end|>")

@@ -1,0 +1,237 @@
+"""The demo's run: decode, encode, score, select, gather, generate, and the proof that it was right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels import gather_tokens, select_tokens
+from cacovid_kernels.demo import UserError
+from cacovid_kernels.demo.meter import Cost, Meter
+from cacovid_kernels.demo.model import TinyGeometry, VideoModel, load_model, tiny_model
+from cacovid_kernels.demo.oracle import Agreement, compare
+from cacovid_kernels.demo.render import render_clip
+from cacovid_kernels.demo.report import Progress
+from cacovid_kernels.demo.video import Clip, read_clip
+from cacovid_kernels.policy import CompressionPolicy, PolicyScores
+from cacovid_kernels.selection import Selection
+
+BOTH, FULL, COMPRESSED = "both", "full", "compressed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    video: Path | None = None
+    question: str = "What moves, and where does it go?"
+    keep_ratio: float = 0.1
+    importance_ratio: float = 0.5
+    max_frame_ratio: float | None = None
+    num_frames: int = 32
+    max_new_tokens: int = 16
+    repeats: int = 3  # of every stage after the vision tower; the best time counts
+    model: str | None = None
+    policy: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    geometry: TinyGeometry = field(default_factory=TinyGeometry)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found."""
+
+    options: Options
+    clip: Clip
+    model: VideoModel
+    selection: Selection
+    token_scores: Tensor  # [N] float32
+    frame_scores: Tensor  # [F] float32
+    prompt_tokens: dict[str, int]
+    cache_bytes: dict[str, int]
+    generated: dict[str, Tensor]  # [G] int64
+    costs: dict[tuple[str, str], Cost]
+    memory_method: str
+    agreement: Agreement
+
+
+class _FirstToken:
+    """A streamer for `generate` that ends the prefill stage when the first token arrives."""
+
+    def __init__(self, meter: Meter, run: str, progress: Callable[[float], None], expected: int) -> None:
+        self.meter, self.run, self.progress, self.expected = meter, run, progress, expected
+        self.calls = 0
+
+    def put(self, tokens: Tensor) -> None:
+        self.calls += 1  # the first call brings the prompt
+        self.progress((self.calls - 1) / self.expected)
+        if self.calls == 2:
+            self.meter.end(self.run, "prefill")
+            self.meter.begin()
+
+    def end(self) -> None:
+        self.meter.end(self.run, "decode")
+
+
+@torch.inference_mode()
+def run(options: Options, folder: Path, progress: Progress) -> Result:
+    """Run the demo.
+
+    Args:
+        options: what to run.
+        folder: where a rendered clip is written when `options.video` is None.
+        progress: shows what is going on.
+
+    Raises:
+        UserError: the video, the model or the policy cannot be used.
+    """
+    device = _device(options.device)
+    video = options.video
+    if video is None:
+        video = folder / "clip.mp4"
+        with progress.stage("render a clip") as advance:
+            render_clip(video, seed=options.seed, progress=advance)
+
+    meter = Meter(device)
+    with progress.stage("decode the video") as advance, meter.stage(BOTH, "decode video"):
+        clip = read_clip(video, options.num_frames, advance)
+    with progress.stage("load the model"):
+        model = load_model(options.model) if options.model else tiny_model(options.geometry, options.seed)
+        model.network.to(device, _dtype(options.dtype, device, model.network.dtype))
+        policy = _policy(options, model)
+
+    grid = model.grid(len(clip.frames))
+    ids = model.prompt(options.question, grid[0] * grid[1] * grid[2])
+    video_mask = model.video_mask(ids)
+    with progress.stage("warm up"):  # so that no stage pays for loading kernels
+        _warm_up(model, policy, options)
+    with progress.stage("vision tower") as advance, meter.stage(BOTH, "vision tower"):
+        embeds = model.embed(ids, model.encode_video(model.pixels(clip.frames), advance))
+    positions = torch.arange(ids.shape[1], device=device)[None]
+    # An explicit mask: without one, gaps in the positions would be read as the borders of packed sequences.
+    mask = torch.ones_like(ids)
+
+    for _ in range(options.repeats):
+        with progress.stage("generate, full prompt") as advance:
+            full, _ = _generate(model, meter, FULL, (embeds, positions, mask), options, advance)
+    for _ in range(options.repeats):
+        with progress.stage("score"), meter.stage(COMPRESSED, "score"):
+            scores: PolicyScores = policy(embeds, video_mask=video_mask, grid_thw=[grid])
+        with progress.stage("select"), meter.stage(COMPRESSED, "select"):
+            selection = _select(scores, grid, options)
+        with progress.stage("gather"), meter.stage(COMPRESSED, "gather"):
+            prompt = selection.within(video_mask)
+            inputs = gather_tokens((embeds, positions, mask), prompt, dim=1)
+        with progress.stage("generate, compressed prompt") as advance:
+            short, logits = _generate(model, meter, COMPRESSED, inputs, options, advance)
+    with progress.stage("compare with the masked full-length run"):
+        agreement = compare(model.network, embeds, prompt.mask(), short, logits)
+
+    lengths = {FULL: ids.shape[1], COMPRESSED: inputs[0].shape[1]}
+    text = model.network.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * embeds.element_size()
+    return Result(
+        options=options,
+        clip=clip,
+        model=model,
+        selection=selection,
+        token_scores=scores.tokens.cpu(),
+        frame_scores=scores.frames.cpu(),
+        prompt_tokens=lengths,
+        cache_bytes={name: length * per_token for name, length in lengths.items()},
+        generated={FULL: full.cpu(), COMPRESSED: short.cpu()},
+        costs=meter.costs,
+        memory_method=meter.method,
+        agreement=agreement,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda is not available here. Use --device cpu.")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def _policy(options: Options, model: VideoModel) -> CompressionPolicy:
+    """The policy in `options.policy`, else the language model's first layer with random heads."""
+    network = model.network
+    if options.policy is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            return CompressionPolicy.from_language_model(network.model.language_model).eval()
+    try:
+        policy = CompressionPolicy.from_pretrained(options.policy, dtype=network.dtype, device=network.device)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"policy: {options.policy} cannot be loaded: {str(error).splitlines()[0]}") from None
+    width = network.config.get_text_config().hidden_size
+    if policy.config.hidden_size != width:
+        raise UserError(
+            f"policy: {options.policy} has hidden_size={policy.config.hidden_size}, the model {width}. "
+            "Give the policy of this model."
+        )
+    return policy
+
+
+def _select(scores: PolicyScores, grid: tuple[int, int, int], options: Options) -> Selection:
+    return select_tokens(
+        scores.tokens,
+        scores.frames,
+        [grid],
+        keep_ratio=options.keep_ratio,
+        importance_ratio=options.importance_ratio,
+        max_frame_ratio=options.max_frame_ratio,
+    )
+
+
+def _generate(
+    model: VideoModel,
+    meter: Meter,
+    run: str,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    options: Options,
+    progress: Callable[[float], None],
+) -> tuple[Tensor, Tensor]:
+    """Greedy tokens `[G]` and the logits `[G, V]` they were taken from."""
+    embeds, positions, mask = inputs
+    meter.begin()
+    output: Any = model.network.generate(
+        inputs_embeds=embeds,
+        position_ids=positions,  # decoding goes on from the last one, gaps or not
+        attention_mask=mask,
+        max_new_tokens=options.max_new_tokens,
+        do_sample=False,
+        streamer=_FirstToken(meter, run, progress, options.max_new_tokens),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return output.sequences[0], torch.cat(output.logits)
+
+
+def _warm_up(model: VideoModel, policy: CompressionPolicy, options: Options) -> None:
+    grid = model.grid(1)
+    ids = model.prompt("?", grid[1] * grid[2])
+    video_mask = model.video_mask(ids)
+    side = model.network.config.vision_config.image_size
+    pixels = torch.zeros(1, 3, side, side, device=model.device, dtype=model.network.dtype)
+    embeds = model.embed(ids, model.encode_video(pixels, lambda fraction: None))
+    selection = _select(policy(embeds, video_mask=video_mask, grid_thw=[grid]), grid, options)
+    positions = torch.arange(ids.shape[1], device=model.device)[None]
+    inputs = gather_tokens((embeds, positions, torch.ones_like(ids)), selection.within(video_mask), dim=1)
+    two = replace(options, max_new_tokens=2)
+    _generate(model, Meter(model.device), "", inputs, two, lambda fraction: None)

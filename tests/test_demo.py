@@ -1,0 +1,390 @@
+"""The demo from a video file to its results, and every file it must refuse."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+import torch
+
+np = pytest.importorskip("numpy")
+av = pytest.importorskip("av")
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+Image = pytest.importorskip("PIL.Image")
+
+from cacovid_kernels.demo import UserError, command, files, pipeline  # noqa: E402
+from cacovid_kernels.demo import video as video_module  # noqa: E402
+from cacovid_kernels.demo.meter import Meter  # noqa: E402
+from cacovid_kernels.demo.model import TinyGeometry, load_model, tiny_model  # noqa: E402
+from cacovid_kernels.demo.oracle import compare  # noqa: E402
+from cacovid_kernels.demo.render import render_clip  # noqa: E402
+from cacovid_kernels.demo.report import Progress, notes, table  # noqa: E402
+from cacovid_kernels.demo.video import read_clip  # noqa: E402
+
+SMALL = TinyGeometry(
+    image_size=112, vision_width=32, vision_layers=1, width=64, layers=2
+)  # 4 x 4 tokens a frame
+
+
+def encode(
+    path, frames=40, size=(64, 48), codec="libx264", pix_fmt="yuv420p", stamps=None, rotation=None, **options
+):
+    """A video whose frame i is grey of brightness 4 i, with a white block in the upper left corner."""
+    with av.open(str(path), "w", options={k: v for k, v in options.items() if k == "movflags"}) as container:
+        encoder = {k: v for k, v in options.items() if k != "movflags"}
+        stream = container.add_stream(codec, rate=20, options=encoder)
+        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for i in range(frames):
+            picture = np.full((size[1], size[0], 3), 4 * i, np.uint8)
+            picture[: size[1] // 3, : size[0] // 3] = 255
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if stamps is not None:
+                frame.pts, frame.time_base = stamps[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def brightness(clip):
+    return clip.frames[:, -4, -4].mean(-1)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return encode(tmp_path_factory.mktemp("video") / "grey.mp4")
+
+
+@pytest.fixture(scope="module")
+def result(video, tmp_path_factory):
+    options = pipeline.Options(video=video, keep_ratio=0.25, num_frames=8, max_new_tokens=5, geometry=SMALL)
+    return pipeline.run(options, tmp_path_factory.mktemp("run"), Progress())
+
+
+def test_sampled_frames_are_even_in_time(video):
+    clip = read_clip(video, 5)
+    assert clip.frames.shape == (5, 48, 64, 3)
+    assert clip.timestamps == pytest.approx((0, 0.5, 0.95, 1.45, 1.95))
+    assert brightness(clip) == pytest.approx([0, 40, 76, 116, 156], abs=5)
+    assert (clip.available, clip.duration) == (40, pytest.approx(2.0))
+
+
+def test_variable_frame_rate_is_sampled_by_time(tmp_path):
+    stamps = [20 * i for i in range(30)] + [600 + 200 * i for i in range(10)]
+    clip = read_clip(encode(tmp_path / "vfr.mkv", stamps=stamps), 4)
+    assert clip.timestamps == pytest.approx((0, 0.8, 1.6, 2.4))
+
+
+def test_fewer_frames_than_wanted_gives_all(tmp_path):
+    assert len(read_clip(encode(tmp_path / "few.mp4", frames=7), 32).frames) == 7
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("odd.mkv", {"codec": "ffv1", "pix_fmt": "gray", "size": (33, 47)}),
+        ("ten_bit.mkv", {"codec": "ffv1", "pix_fmt": "yuv422p10le", "size": (33, 47)}),
+        ("reordered.avi", {"codec": "mpeg4", "bf": "2"}),
+        ("open_groups.mp4", {"x264-params": "open-gop=1:keyint=6:bframes=3"}),
+        ("raw.h264", {}),
+        ("stream.ts", {}),
+    ],
+)
+def test_other_formats_give_the_right_frames(tmp_path, name, kwargs):
+    clip = read_clip(encode(tmp_path / name, **kwargs), 5)
+    assert brightness(clip) == pytest.approx([0, 40, 76, 116, 156], abs=5)
+
+
+def test_decoding_skips_what_no_frame_needs(tmp_path, monkeypatch):
+    path = encode(tmp_path / "groups.mp4", **{"x264-params": "keyint=5:scenecut=0:bframes=0"})
+    shown, match = [], video_module._match
+
+    def watched(frames, wanted):
+        return match((shown.append(frame) or frame for frame in frames), wanted)
+
+    monkeypatch.setattr(video_module, "_match", watched)
+    clip = read_clip(path, 3)
+    assert brightness(clip) == pytest.approx([0, 80, 156], abs=6)
+    assert len(shown) <= 12  # of 40
+
+
+@pytest.mark.parametrize("rotation, corner", [(90, (0, -1)), (-90, (-1, 0)), (180, (-1, -1))])
+def test_rotation_is_applied(tmp_path, rotation, corner):
+    path = encode(tmp_path / "turned.mp4", rotation=rotation, frames=3)
+    clip = read_clip(path, 3)
+    assert clip.frames.shape[1:3] == ((48, 64) if rotation == 180 else (64, 48))
+    white = [(y, x) for y in (0, -1) for x in (0, -1) if clip.frames[0, y, x].mean() > 200]
+    assert len(white) == 1
+    with av.open(str(path)) as container:
+        angle = next(container.decode(video=0)).rotation
+    turned = np.rot90(np.array([[1, 0], [0, 0]]), round(angle / 90))
+    assert turned[white[0]] == 1
+
+
+def _cut(source, target, share):
+    target.write_bytes(source.read_bytes()[: int(source.stat().st_size * share)])
+    return target
+
+
+def _sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        for i in range(4):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 1024 * i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def _noise(path):
+    encode(path, movflags="faststart")
+    data = bytearray(path.read_bytes())
+    for place in np.random.default_rng(0).integers(len(data) // 2, len(data), 300):
+        data[place] ^= 255
+    path.write_bytes(data)
+    return path
+
+
+def _text(path):
+    path.write_text("not a video\n" * 50)
+    return path
+
+
+def _empty(path):
+    path.write_bytes(b"")
+    return path
+
+
+def _picture(path):
+    Image.new("RGB", (32, 32)).save(path)
+    return path
+
+
+REFUSED = {
+    "missing": (lambda d: d / "none.mp4", "No such file"),
+    "folder": (lambda d: d, "is a folder"),
+    "empty": (lambda d: _empty(d / "empty.mp4"), "is empty"),
+    "text": (lambda d: _text(d / "text.mp4"), "is not a video"),
+    "picture": (lambda d: _picture(d / "still.png"), "is not a video"),
+    "sound": (lambda d: _sound(d / "sound.m4a"), "no video stream"),
+    "cut, index last": (
+        lambda d: _cut(encode(d / "a.mp4"), d / "cut.mp4", 0.5),
+        "cut short: its index is missing",
+    ),
+    "cut, index first": (
+        lambda d: _cut(encode(d / "a.mp4", movflags="faststart"), d / "cut.mp4", 0.6),
+        "is cut short: it declares 2.0 s",
+    ),
+    "damaged": (lambda d: _noise(d / "noise.mp4"), "is damaged"),
+    "device": (lambda d: "/dev/null", "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_are_no_videos_are_refused_in_one_line(case, tmp_path):
+    make, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as caught:
+        read_clip(make(tmp_path), 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_rendered_clip_is_reproducible_and_readable(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        render_clip(tmp_path / name, seconds=0.5, seed=3)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert read_clip(tmp_path / "a.mp4", 32).frames.shape == (12, 360, 640, 3)
+
+
+def test_the_compressed_run_equals_the_masked_full_run(result):
+    assert result.agreement.holds
+    assert result.agreement.largest < 1e-5
+    assert result.agreement.renumbered > 100 * result.agreement.largest
+    assert result.selection.lengths == (32,)
+    assert result.prompt_tokens["full"] - result.prompt_tokens["compressed"] == 8 * 16 - 32
+    assert len(result.generated["compressed"]) == 5
+    assert all(cost.ms > 0 for cost in result.costs.values())
+
+
+@torch.inference_mode()
+def test_prompt_is_the_one_hugging_face_builds(result):
+    model = result.model
+    ids, pixels = model.prompt("why?", 8 * 16), model.pixels(result.clip.frames)
+    embeds = model.embed(ids, model.encode_video(pixels, lambda fraction: None))
+    expected = model.network(input_ids=ids, pixel_values_videos=pixels[None]).logits
+    assert (model.network(inputs_embeds=embeds).logits - expected).abs().max() < 1e-5
+
+
+def test_keeping_everything_changes_nothing(video, tmp_path):
+    options = pipeline.Options(
+        video=video, keep_ratio=1.0, num_frames=4, max_new_tokens=4, repeats=1, geometry=SMALL
+    )
+    result = pipeline.run(options, tmp_path, Progress())
+    assert result.prompt_tokens["full"] == result.prompt_tokens["compressed"]
+    assert torch.equal(result.generated["full"], result.generated["compressed"])
+
+
+def test_the_comparison_notices_a_wrong_run(result):
+    model = result.model
+    torch.manual_seed(0)
+    embeds, keep = torch.randn(1, 30, 64), torch.arange(30) % 3 > 0
+    generated = torch.tensor([1, 2, 3])
+    logits = torch.zeros(3, model.network.config.get_text_config().vocab_size)
+    assert not compare(model.network, embeds, keep, generated, logits).holds
+
+
+def test_newline_is_not_a_video_token(result):
+    ids = result.model.prompt("why?", 300)
+    mask = result.model.video_mask(ids)
+    placeholders = (ids == result.model.network.config.video_token_id)[0].nonzero()[:, 0]
+    assert int(mask.sum()) == 300
+    assert not mask[0, placeholders[-1]]
+    assert mask[0, placeholders[:-1]].all()
+
+
+def test_any_question_has_tokens_and_placeholders_are_refused(result):
+    ids = result.model.prompt("été \U0001f3ac?", 1)
+    assert "été \U0001f3ac?" in result.model.tokenizer.decode(ids[0])
+    with pytest.raises(UserError, match="must not contain <video>"):
+        result.model.prompt("what is <video>?", 1)
+
+
+def test_pixels_follow_the_published_processing(result):
+    frames = np.full((1, 20, 30, 3), 255, np.uint8)
+    expected = [(1 - m) / s for m, s in zip(result.model.mean, result.model.std, strict=True)]
+    pixels = result.model.pixels(frames)
+    assert pixels.shape == (1, 3, 112, 112)
+    assert pixels.amax((0, 2, 3)).tolist() == pytest.approx(expected)
+    assert pixels.amin((0, 2, 3)).tolist() == pytest.approx(expected)
+
+
+def test_reports_say_what_was_found(result, tmp_path):
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(result))
+    page = console.export_text()
+    for word in (
+        "video tokens",
+        "128",
+        "32",
+        "KV cache",
+        "vision tower",
+        "score",
+        "select",
+        "gather",
+        "prefill",
+    ):
+        assert word in page
+    text = "\n".join(notes(result))
+    assert "check: right" in text
+    assert "random" in text
+
+    files.write_json(result, tmp_path / "selection.json")
+    record = json.loads((tmp_path / "selection.json").read_text())
+    assert record["grid_thw"] == [8, 4, 4]
+    assert [len(kept) for kept in record["kept"]] == record["frame_counts"]
+    flat = [i * 16 + j for i, kept in enumerate(record["kept"]) for j in kept]
+    assert flat == result.selection.indices.tolist()
+    assert record["video"]["name"] == "grey.mp4"
+    files.write_picture(result, tmp_path / "kept_tokens.png")
+    assert Image.open(tmp_path / "kept_tokens.png").mode == "RGB"
+
+
+def test_a_short_video_is_said_to_be_short(video, tmp_path):
+    few = encode(tmp_path / "few.mp4", frames=3)
+    options = pipeline.Options(
+        video=few, num_frames=8, max_new_tokens=2, keep_ratio=0.5, repeats=1, geometry=SMALL
+    )
+    result = pipeline.run(options, tmp_path, Progress())
+    assert any("3 instead of 8" in line for line in notes(result))
+
+
+def test_model_and_policy_folders(video, tmp_path):
+    folder, policy = tmp_path / "model", tmp_path / "policy"
+    tiny = tiny_model(SMALL, seed=1)
+    tiny.network.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    )
+    loaded = load_model(str(folder))
+    assert loaded.mean == (0.5, 0.5, 0.5)
+    assert not loaded.is_random
+
+    pipeline._policy(pipeline.Options(), tiny).save_pretrained(policy)
+    options = pipeline.Options(
+        video=video, model=str(folder), policy=policy, num_frames=4, max_new_tokens=3, keep_ratio=0.25
+    )
+    result = pipeline.run(options, tmp_path, Progress())
+    assert result.agreement.holds
+    assert any(line.startswith("answer, compressed prompt") for line in notes(result))
+
+    for broken, message in (
+        (pipeline.Options(video=video, model=str(tmp_path / "none")), "model: .* cannot be loaded"),
+        (
+            pipeline.Options(video=video, geometry=SMALL, policy=tmp_path / "none"),
+            "policy: .* cannot be loaded",
+        ),
+        (pipeline.Options(video=video, policy=policy), "hidden_size=64, the model 256"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            pipeline.run(broken, tmp_path, Progress())
+        assert "\n" not in str(caught.value)
+
+
+def test_other_kinds_of_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(UserError, match="it must be llava_onevision"):
+        load_model(str(tmp_path))
+
+
+def test_outputs_appear_together_or_not_at_all(tmp_path):
+    out = tmp_path / "a" / "b"
+    with pytest.raises(RuntimeError), files.staged(out) as folder:  # noqa: PT012
+        (folder / "one").write_text("1")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with files.staged(out) as folder:
+        (folder / "one").write_text("1")
+        assert not out.exists()
+    assert [file.name for file in out.iterdir()] == ["one"]
+
+    (out / "two").mkdir()
+    with pytest.raises(UserError, match="a file goes there"), files.staged(out) as folder:  # noqa: PT012
+        (folder / "one").write_text("changed")
+        (folder / "two").write_text("2")
+    assert (out / "one").read_text() == "1"
+    assert sorted(file.name for file in out.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("out", ["/proc/none", "/dev/null", "/dev/null/none"])
+def test_places_that_cannot_be_written(out):
+    from pathlib import Path
+
+    with pytest.raises(UserError, match=r"^--out: "), files.staged(Path(out)):
+        pytest.fail("the block must not run")
+
+
+def test_meter_sees_time_and_memory():
+    meter = Meter(torch.device("cpu"))
+    with meter.stage("run", "allocate"):
+        torch.ones(8 << 20)
+    cost = meter.costs["run", "allocate"]
+    assert cost.ms > 0
+    if cost.peak_mib is not None:
+        assert 28 < cost.peak_mib < 64
+
+
+def test_wrong_result_is_an_exit_code(result, tmp_path, monkeypatch, capsys):
+    import dataclasses
+
+    wrong = dataclasses.replace(result.agreement, generated=1.0)
+    monkeypatch.setattr(command, "run", lambda *_: dataclasses.replace(result, agreement=wrong))
+    from cacovid_kernels.cli import main
+
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert "WRONG" in capsys.readouterr().out
