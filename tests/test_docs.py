@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,9 @@ def test_repository_speaks_of_the_product_alone():
             if path.suffix in {".py", ".h", ".cpp", ".inl", ".md", ".txt", ".pyi"}:
                 found = banned.search(path.read_text())
                 assert not found, f"{path}: {found}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
