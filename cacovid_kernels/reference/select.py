@@ -82,10 +82,9 @@ def _video_budget(
     scores = torch.zeros(t, device=device) if scores is None else scores
     weights = _frame_weights(scores, 1 / (2 * t), 1 / (t * keep_ratio) * max_frame_ratio)
     quota = float(round(importance_ratio * keep_ratio * h * w * t))
-    cap = int(importance_ratio * h * w * max_frame_ratio)
+    cap = int(min(importance_ratio * h * w * max_frame_ratio, h * w))
     if strict:
-        cap = max(cap, -(-ranked // t))
-    cap = min(cap, h * w)
+        cap = min(max(cap, -(-ranked // t)), h * w)
     share = torch.round(weights.double() * quota / weights.sum().clamp(min=1).double()).long()
     counts = share.clamp(min=1).clamp(max=cap)
     return _level(counts, ranked - counts.sum(), h * w)

@@ -28,6 +28,9 @@ struct BudgetOptions {
   bool fill;
 };
 
+// x inside [low, high]; NaN gives high. No ratio, however odd, may become an integer that memory depends on.
+inline double bounded(double x, double low, double high) { return !(x < high) ? high : x > low ? x : low; }
+
 // The order of the products is that of the published code: it decides which side of an integer they fall.
 inline BudgetPlan plan_budget(int64_t t, int64_t h, int64_t w, int64_t num_keep, const BudgetOptions& o) {
   BudgetPlan p;
@@ -35,13 +38,14 @@ inline BudgetPlan plan_budget(int64_t t, int64_t h, int64_t w, int64_t num_keep,
   p.tokens_per_frame = h * w;
   p.num_keep = num_keep;
   const double dt = static_cast<double>(t), dh = static_cast<double>(h), dw = static_cast<double>(w);
-  const double ranked = o.importance_ratio * o.keep_ratio * dh * dw * dt;
+  const double per_frame = static_cast<double>(p.tokens_per_frame);
+  const double ranked = bounded(o.importance_ratio * o.keep_ratio * dh * dw * dt, 0.0, per_frame * dt);
   const int64_t floor_ranked = static_cast<int64_t>(std::floor(ranked));
   p.num_ranked = !o.fill || o.importance_ratio == 1.0 || floor_ranked > num_keep ? num_keep : floor_ranked;
   p.quota = round_even(ranked);
   p.weight_min = 1.0 / (2.0 * dt);
-  p.weight_max = 1.0 / (dt * o.keep_ratio) * o.max_frame_ratio;
-  p.cap = static_cast<int64_t>(o.importance_ratio * dh * dw * o.max_frame_ratio);
+  p.weight_max = bounded(1.0 / (dt * o.keep_ratio) * o.max_frame_ratio, 0.0, 1.0);
+  p.cap = static_cast<int64_t>(bounded(o.importance_ratio * dh * dw * o.max_frame_ratio, 0.0, per_frame));
   const int64_t feasible = (p.num_ranked + t - 1) / (t > 0 ? t : 1);
   if (o.strict && p.cap < feasible) p.cap = feasible;
   if (p.cap > p.tokens_per_frame) p.cap = p.tokens_per_frame;
