@@ -10,10 +10,8 @@ void frame_pool(py::handle hidden, const std::vector<int64_t>& grid_thw, double 
   const int64_t videos = static_cast<int64_t>(grid_thw.size()) / 3;
   int64_t frames = 0, tokens = 0;
   for (int64_t v = 0; v < videos; ++v) {
-    const int64_t t = grid_thw[3 * v], h = grid_thw[3 * v + 1], w = grid_thw[3 * v + 2];
-    check(t >= 1 && h >= 1 && w >= 1, "grid_thw entries must be positive");
-    frames += t;
-    tokens += t * h * w;
+    tokens += grid_tokens(grid_thw, static_cast<size_t>(v));
+    frames += grid_thw[3 * v];
   }
   const Tensor x = to_tensor(hidden, "hidden");
   check(x.ndim == 2 && x.sizes[0] == tokens, "hidden must be [N, D] with one row per token of grid_thw");

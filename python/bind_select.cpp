@@ -20,13 +20,13 @@ struct BudgetArgs {
     plans.reserve(videos);
     for (size_t v = 0; v < videos; ++v) {
       const int64_t t = grid_thw[3 * v], h = grid_thw[3 * v + 1], w = grid_thw[3 * v + 2];
-      check(t >= 1 && h >= 1 && w >= 1 && t * h * w < (int64_t{1} << 31), "grid_thw entries must be positive");
-      check(num_keep[v] >= 0 && num_keep[v] <= t * h * w, "num_keep must be in [0, t*h*w]");
+      const int64_t video_tokens = grid_tokens(grid_thw, v);
+      check(num_keep[v] >= 0 && num_keep[v] <= video_tokens, "num_keep must be in [0, t*h*w]");
       plans.push_back(plan_budget(t, h, w, num_keep[v],
                                   {keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, fill}));
       equal_rows = equal_rows && plans.back().tokens_per_frame == plans.front().tokens_per_frame;
       frames += t;
-      tokens += t * h * w;
+      tokens += video_tokens;
       kept += num_keep[v];
     }
   }

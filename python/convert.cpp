@@ -60,6 +60,8 @@ Tensor to_tensor(py::handle tensor, const char* name) {
   check(own(PyObject_GetAttr(object, n.is_cpu)).ptr() == Py_True, std::string(name) + " must be a CPU tensor");
   t.dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
   t.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr());
+  check(reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(item_size(t.dtype)) == 0,
+        std::string(name) + " must be aligned to its elements. Call .clone() on it.");
   const py::object shape = own(PyObject_GetAttr(object, n.shape));
   const py::object stride = own(PyObject_CallMethodNoArgs(object, n.stride));
   const Py_ssize_t ndim = PyTuple_Size(shape.ptr());
@@ -71,6 +73,15 @@ Tensor to_tensor(py::handle tensor, const char* name) {
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   return t;
+}
+
+int64_t grid_tokens(const std::vector<int64_t>& grid_thw, size_t video) {
+  const int64_t t = grid_thw[3 * video], h = grid_thw[3 * video + 1], w = grid_thw[3 * video + 2];
+  constexpr int64_t frames = int64_t{1} << 22, tokens = int64_t{1} << 31;
+  check(t >= 1 && h >= 1 && w >= 1, "grid_thw entries must be positive");
+  check(t < frames && h < tokens && w < tokens && h * w < tokens && t * h * w < tokens,
+        "grid_thw must have fewer than 2^22 frames and 2^31 tokens a video");
+  return t * h * w;
 }
 
 std::vector<Tensor> to_tensors(const py::sequence& tensors, const char* name) {

@@ -20,6 +20,10 @@ Tensor to_tensor(py::handle tensor, const char* name);
 template <class T>
 T* output(py::handle tensor, const char* name, int64_t count);
 
+// Tokens of entry `video` of a flat grid_thw, or ValueError: positive entries, fewer than 2^31 tokens, fewer than
+// 2^22 frames, so that neither positions nor fixed-point sums over frames can overflow.
+int64_t grid_tokens(const std::vector<int64_t>& grid_thw, size_t video);
+
 std::vector<Tensor> to_tensors(const py::sequence& tensors, const char* name);
 
 void check(bool condition, const std::string& message);  // throws std::invalid_argument (ValueError)
