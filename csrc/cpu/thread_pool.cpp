@@ -16,13 +16,27 @@ namespace {
 
 constexpr int max_threads = 256;
 
+// The right to use the pool, if nobody else has it. Not a mutex: a nested call asks again on the thread that has it.
+struct Turn {
+  explicit Turn(std::atomic<bool>& taken) : busy(taken), mine(!taken.exchange(true, std::memory_order_acquire)) {}
+  Turn(const Turn&) = delete;
+  ~Turn() {
+    if (mine) busy.store(false, std::memory_order_release);
+  }
+  std::atomic<bool>& busy;
+  const bool mine;
+};
+
 class Pool {
  public:
   // One job at a time: `run` is called by the holder of `busy`.
   void run(int64_t chunks, int helpers, const std::function<void(int64_t)>& chunk) {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (static_cast<int>(workers_.size()) < helpers) {
-      workers_.emplace_back([this, seen = generation_] { work(seen); });
+    try {
+      while (static_cast<int>(workers_.size()) < helpers) {
+        workers_.emplace_back([this, seen = generation_] { work(seen); });
+      }
+    } catch (const std::exception&) {  // no further thread to be had: those there are do the work
     }
     chunk_ = &chunk;
     chunks_ = chunks;
@@ -40,7 +54,7 @@ class Pool {
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
-  std::mutex busy;
+  std::atomic<bool> busy{false};
 
  private:
   void drain() {
@@ -101,8 +115,8 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
   const int64_t useful = std::min<int64_t>(std::min(threads, max_threads), (count + grain - 1) / grain);
   if (useful > 1) {
     Pool& p = pool();
-    std::unique_lock<std::mutex> turn(p.busy, std::try_to_lock);
-    if (turn.owns_lock()) {
+    const Turn turn(p.busy);
+    if (turn.mine) {
       // A few chunks a thread even out unequal rows.
       const int64_t size = std::max(grain, (count + 4 * useful - 1) / (4 * useful));
       const int64_t chunks = (count + size - 1) / size;
