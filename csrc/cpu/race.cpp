@@ -1,6 +1,7 @@
 #include "race.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "cacovid/order.h"
 #include "scratch.h"
@@ -28,13 +29,11 @@ void sort_falling(uint64_t* words, int64_t n) {
 }  // namespace
 
 const uint32_t* position_columns(int64_t n) {
-  thread_local int64_t filled = 0;
-  uint32_t* columns = scratch<struct column_scratch, uint32_t>(padded(n));
-  if (padded(n) > filled) {
-    for (int64_t i = 0; i < padded(n); ++i) columns[i] = static_cast<uint32_t>(i);
-    filled = padded(n);
-  }
-  return columns;
+  thread_local std::vector<uint32_t> columns;
+  const size_t size = static_cast<size_t>(padded(n));
+  columns.reserve(size);
+  while (columns.size() < size) columns.push_back(static_cast<uint32_t>(columns.size()));
+  return columns.data();
 }
 
 int64_t count_valid(const uint32_t* keys, int64_t n) {
