@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from cacovid_kernels._backend import backends, use_backend
+from cacovid_kernels.kv import PackedKV, RaggedKeep, Rope
 from cacovid_kernels.ops.gather import gather_tokens
+from cacovid_kernels.ops.repack import repack_kv
 from cacovid_kernels.ops.sample import GumbelSample, gumbel_topk, pl_log_prob
 from cacovid_kernels.ops.score import PolicyHead, score_tokens
 from cacovid_kernels.ops.select import allocate_budget, segmented_topk, select_tokens
@@ -15,8 +17,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressionPolicy",
     "GumbelSample",
+    "PackedKV",
     "PolicyConfig",
     "PolicyHead",
+    "RaggedKeep",
+    "Rope",
     "Selection",
     "Status",
     "allocate_budget",
@@ -24,6 +29,7 @@ __all__ = [
     "gather_tokens",
     "gumbel_topk",
     "pl_log_prob",
+    "repack_kv",
     "score_tokens",
     "segmented_topk",
     "select_tokens",

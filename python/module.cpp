@@ -2,6 +2,7 @@
 
 namespace cacovid::python {
 void bind_gather(py::module_&);
+void bind_repack(py::module_&);
 void bind_sample(py::module_&);
 void bind_score(py::module_&);
 void bind_select(py::module_&);
@@ -12,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = CACOVID_COMPILER;
   m.attr("cpu_isa") = cacovid::cpu::isa_name();
   cacovid::python::bind_gather(m);
+  cacovid::python::bind_repack(m);
   cacovid::python::bind_sample(m);
   cacovid::python::bind_score(m);
   cacovid::python::bind_select(m);

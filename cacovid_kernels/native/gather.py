@@ -12,14 +12,17 @@ from cacovid_kernels.native import engine, num_threads
 
 
 def _flat(index: Tensor) -> Tensor:
+    if index.dim() == 1 and index.dtype is torch.int64 and index.is_contiguous():
+        return index
     return index.reshape(-1).to(torch.int64).contiguous()
 
 
 def gather_rows(xs: list[Tensor], index: Tensor, dims: list[int]) -> list[Tensor]:
-    outs = [
-        torch.empty(x.shape[:dim] + index.shape + x.shape[dim + 1 :], dtype=x.dtype)
-        for x, dim in zip(xs, dims, strict=True)
-    ]
+    outs, kept = [], index.shape
+    for x, dim in zip(xs, dims, strict=True):
+        shape = list(x.shape)
+        shape[dim : dim + 1] = kept
+        outs.append(torch.empty(shape, dtype=x.dtype))
     _gather(xs, index, dims, True, outs)
     return outs
 

@@ -242,7 +242,6 @@ def gather_tokens(
     if check == "raise":
         for size in {x.shape[d] for x, d in zip(xs, dims, strict=True)}:
             _check_range(index, size)
-    index = index.detach()
     if out is None:
         results = _gather(xs, index, dims) if xs else []
     else:

@@ -4,12 +4,10 @@
 #include "cacovid/ops.h"
 #include "isa/row_loops.h"
 #include "memory.h"
-#include "thread_pool.h"
+#include "row_tasks.h"
 
 namespace cacovid::cpu {
 namespace {
-
-constexpr int64_t chunk_bytes = 64 << 10;  // about 5 us of work: less does not pay for waking a thread
 
 // One tensor seen as tokens. A token's elements are one contiguous row if memory allows it, else several; the
 // axes that number a token's rows, and those outside the token axis, are merged where strides allow it.
@@ -87,46 +85,25 @@ struct Inverse {
   }
 };
 
-// Calls body(tensor, first, last) for the rows of all tensors, which share the threads.
-template <class Body>
-void for_rows(const std::vector<int64_t>& rows, const std::vector<int64_t>& bytes, int threads, const Body& body) {
-  const size_t tensors = rows.size();
-  std::vector<int64_t> per_chunk(tensors), end(tensors);
-  int64_t chunks = 0;
-  for (size_t t = 0; t < tensors; ++t) {
-    per_chunk[t] = std::max<int64_t>(1, chunk_bytes / std::max<int64_t>(bytes[t], 1));
-    chunks += (rows[t] + per_chunk[t] - 1) / per_chunk[t];
-    end[t] = chunks;
-  }
-  parallel_for(chunks, 2, threads, [&](int64_t first, int64_t last) {
-    for (size_t t = 0; t < tensors; ++t) {
-      const int64_t begin = t == 0 ? 0 : end[t - 1];
-      const int64_t from = std::max(first, begin), to = std::min(last, end[t]);
-      if (from < to) body(t, (from - begin) * per_chunk[t], std::min(rows[t], (to - begin) * per_chunk[t]));
-    }
-  });
-}
-
 }  // namespace
 
 void gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int64_t* index, int64_t kept, bool fresh,
                  int threads, void* const* targets) {
   std::vector<Tokens> tokens;
-  std::vector<int64_t> rows, bytes;
+  std::vector<RowTasks> tasks;
   tokens.reserve(count);
   int64_t total = 0;
   for (int64_t t = 0; t < count; ++t) {
     tokens.emplace_back(xs[t], dims[t], targets[t], kept);
     const Tokens& x = tokens.back();
-    rows.push_back(x.rows.bytes > 0 ? x.segments * kept : 0);
-    bytes.push_back(x.rows.bytes);
-    total += rows.back() * x.rows.bytes;
-    if (fresh) expect_writes(targets[t], rows.back() * x.rows.bytes);
+    tasks.push_back({x.rows.bytes > 0 ? x.segments * kept : 0, rows_worth_a_thread(x.rows.bytes)});
+    total += tasks.back().rows * x.rows.bytes;
+    if (fresh) expect_writes(targets[t], tasks.back().rows * x.rows.bytes);
   }
   const bool stream = worth_streaming(total);
   for (Tokens& x : tokens) x.rows.stream = stream;
   const RowLoops& loops = row_loops();
-  for_rows(rows, bytes, threads, [&](size_t t, int64_t first, int64_t last) {
+  for_rows(tasks, threads, [&](size_t t, int64_t first, int64_t last) {
     while (first < last) {
       const int64_t segment = first / kept, from = first % kept;
       const int64_t n = std::min(kept - from, last - first);
@@ -141,17 +118,18 @@ void gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int
 void scatter_rows(const Tensor* grads, const RowSum* sums, int64_t count, const int64_t* index, int64_t kept,
                   bool fresh, int threads, void* const* targets) {
   int64_t most = 0;
-  std::vector<int64_t> rows, bytes;
+  std::vector<RowTasks> tasks;
+  std::vector<int64_t> bytes;
   for (int64_t t = 0; t < count; ++t) {
     const RowSum& s = sums[t];
     most = std::max(most, s.tokens);
     bytes.push_back(s.columns * item_size(grads[t].dtype));
-    rows.push_back(bytes.back() > 0 ? s.outer * s.tokens : 0);
-    if (fresh) expect_writes(targets[t], rows.back() * bytes.back());
+    tasks.push_back({bytes.back() > 0 ? s.outer * s.tokens : 0, rows_worth_a_thread(bytes.back())});
+    if (fresh) expect_writes(targets[t], tasks.back().rows * bytes.back());
   }
   const Inverse inverse(index, kept, most);
   const RowLoops& loops = row_loops();
-  for_rows(rows, bytes, threads, [&](size_t t, int64_t first, int64_t last) {
+  for_rows(tasks, threads, [&](size_t t, int64_t first, int64_t last) {
     const RowSum& s = sums[t];
     char* target = static_cast<char*>(targets[t]);
     const char* grad = static_cast<const char*>(grads[t].data);

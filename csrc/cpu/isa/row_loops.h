@@ -22,6 +22,12 @@ struct RowLoops {
   // target[i] = source[index[i]] for i in [0, count).
   void (*copy_rows)(const RowCopy& rows, const int64_t* index, int64_t count);
 
+  // The same for rows of `columns` floats, of which column j < half and column j + half are a pair that is
+  // rotated by the angle with cos[i * half + j] and sin[i * half + j]: each product and each sum in float32
+  // (float64 for f64), rounded once to the storage. Other columns are copied.
+  void (*rotate_rows)(const RowCopy& rows, DType dtype, int64_t columns, int64_t half, const float* cos,
+                      const float* sin, const int64_t* index, int64_t count);
+
   // target[j] = sum over p in positions[0 .. count), in that order and from +0, of rows[p][j], in float32
   // (float64 for f64), rounded once. Rows of `columns` floats lie one after another.
   void (*sum_rows)(const void* rows, DType dtype, int64_t columns, const int64_t* positions, int64_t count,

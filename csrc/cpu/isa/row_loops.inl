@@ -57,11 +57,15 @@ inline void copy_row(char* target, const char* source, int64_t bytes, const char
   }
 }
 
+// How many rows ahead to fetch: with less than 4 KiB on their way a core waits, above 16 KiB they get lost.
+inline int64_t lookahead(int64_t row_bytes) {
+  const int64_t rows = 8192 / row_bytes;
+  return rows < 1 ? 1 : rows > 32 ? 32 : rows;
+}
+
 template <bool stream>
 void copy_long_rows(const RowCopy& rows, const int64_t* index, int64_t count) {
-  constexpr int64_t distance = 8192;  // bytes on their way: below 4096 a core waits, above 16384 they get lost
-  const int64_t fitting = distance / rows.bytes;
-  const int64_t ahead = fitting < 1 ? 1 : fitting > 32 ? 32 : fitting;
+  const int64_t ahead = lookahead(rows.bytes);
   const uint64_t limit = static_cast<uint64_t>(rows.source_rows);
   for (int64_t i = 0; i < count; ++i) {
     char* target = rows.target + i * rows.target_step;
@@ -135,11 +139,35 @@ void sum_rows_as(const T* rows, int64_t columns, const int64_t* positions, int64
   }
 }
 
-void sum_rows(const void* rows, DType dtype, int64_t columns, const int64_t* positions, int64_t count, void* target) {
-  const auto as = [&](auto zero) {
-    using T = decltype(zero);
-    sum_rows_as(static_cast<const T*>(rows), columns, positions, count, static_cast<T*>(target));
-  };
+template <class T>
+void rotate_rows_as(const RowCopy& rows, int64_t columns, int64_t half, const float* cos, const float* sin,
+                    const int64_t* index, int64_t count) {
+  const uint64_t limit = static_cast<uint64_t>(rows.source_rows);
+  const int64_t ahead = lookahead(rows.bytes);
+  for (int64_t i = 0; i < count; ++i, cos += half, sin += half) {
+    T* target = reinterpret_cast<T*>(rows.target + i * rows.target_step);
+    if (static_cast<uint64_t>(index[i]) >= limit) {
+      std::memset(target, 0, static_cast<size_t>(rows.bytes));
+      continue;
+    }
+    const T* source = reinterpret_cast<const T*>(rows.source + index[i] * rows.source_step);
+    const int64_t later = index[i + ahead < count ? i + ahead : count - 1];
+    const char* next = static_cast<uint64_t>(later) < limit ? rows.source + later * rows.source_step : rows.source;
+    for (int64_t at = 0; at < rows.bytes; at += line) __builtin_prefetch(next + at);
+    for (int64_t j = 0; j < half; ++j) {
+      const auto a = load_sum(source[j]), b = load_sum(source[j + half]);
+      store_sum(target + j, a * cos[j] - b * sin[j]);
+      store_sum(target + j + half, b * cos[j] + a * sin[j]);
+    }
+    if (target != source) {
+      std::memcpy(target + 2 * half, source + 2 * half, static_cast<size_t>(columns - 2 * half) * sizeof(T));
+    }
+  }
+}
+
+// Calls `as` with a value of the float type `dtype`.
+template <class As>
+void with_float_type(DType dtype, const As& as) {
   switch (dtype) {
     case DType::f64: return as(double{});
     case DType::bf16: return as(bf16_t{});
@@ -148,7 +176,21 @@ void sum_rows(const void* rows, DType dtype, int64_t columns, const int64_t* pos
   }
 }
 
-const RowLoops row_loop_table = {copy_rows, sum_rows};
+void rotate_rows(const RowCopy& rows, DType dtype, int64_t columns, int64_t half, const float* cos, const float* sin,
+                 const int64_t* index, int64_t count) {
+  with_float_type(dtype, [&](auto zero) {
+    rotate_rows_as<decltype(zero)>(rows, columns, half, cos, sin, index, count);
+  });
+}
+
+void sum_rows(const void* rows, DType dtype, int64_t columns, const int64_t* positions, int64_t count, void* target) {
+  with_float_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    sum_rows_as(static_cast<const T*>(rows), columns, positions, count, static_cast<T*>(target));
+  });
+}
+
+const RowLoops row_loop_table = {copy_rows, rotate_rows, sum_rows};
 
 }  // namespace
 }  // namespace cacovid::cpu

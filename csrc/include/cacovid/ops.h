@@ -73,6 +73,39 @@ struct RowSum {
 void scatter_rows(const Tensor* grads, const RowSum* sums, int64_t count, const int64_t* index, int64_t kept,
                   bool fresh, int threads, void* const* targets);
 
+// ---- repack -------------------------------------------------------------------------------------
+// The rows that every head of a cache [B, H, N, D] keeps, for the tensors that share them.
+struct KeptRows {
+  const int64_t* index;           // positions: [b, h, per_head], or head after head where cu_seqlens is set
+  const int32_t* cu_seqlens;      // [B * H + 1] bounds of the heads in `index`; null: per_head rows each
+  int64_t per_head;
+  int64_t batch_step, head_step;  // in lists of per_head rows, 0 where all batch rows or heads share one
+  const float* cos;               // rotation of the keys, one row of `half` for every row kept; null: none
+  const float* sin;
+  int64_t table_batch_step, table_head_step;  // as batch_step and head_step, of the tables
+  int64_t half;
+};
+
+enum class Placement : int32_t {
+  elsewhere,  // into `target`, contiguous [B, H, per_head, D] or [total, D]
+  in_heads,   // to the front of each head's rows
+  in_front,   // to the front of the tensor, which is contiguous, laid out as `elsewhere`
+};
+
+struct CacheTensor {
+  Tensor x;        // [B, H, N, D], any dtype and strides; a float type if rotated
+  int64_t kept;    // which KeptRows
+  bool rotated;
+  Placement placement;
+  void* target;
+};
+
+// Moves the kept rows of all tensors. A position outside [0, N) reads nothing and gives zeros. In place the
+// positions of a head must ascend, else values, but never memory, are wrong. zero_tail: in_heads also zeroes
+// the rows behind the kept ones. `fresh`: the targets were just allocated.
+void repack_rows(const CacheTensor* tensors, int64_t count, const KeptRows* kept, bool zero_tail, bool fresh,
+                 int threads);
+
 // ---- engine -------------------------------------------------------------------------------------
 const char* isa_name();  // "baseline", "avx2" or "avx512": what this CPU runs (CACOVID_CPU_ISA caps it)
 
