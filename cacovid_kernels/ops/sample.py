@@ -102,11 +102,12 @@ def gumbel_topk(
 
     The k largest of logits + Gumbel noise are such a draw (Plackett-Luce), all at once. The noise of an item
     is a function of seed, step, stream, sample, row and column alone, so a row draws the same items whatever
-    `num_samples`, its batch-mates, the number of threads or the backend, and a smaller k draws the first of them.
+    `num_samples`, its batch-mates, the threads or the backend, and a smaller k draws the first of them.
 
     Args:
         logits: `[..., N]`; float32, bfloat16 or float16. -inf and NaN have probability zero; +inf is
-            drawn before every finite logit, the lower index first. Rows are numbered over the leading dimensions.
+            drawn before every finite logit, the lower index first. Rows are numbered over the leading
+            dimensions.
         k: items per draw, in [0, N].
         num_samples: independent draws per row, at most 2^24; None for one draw without that dimension.
         seed: 64 bits, any integer in [-2^63, 2^64); -1 and 2^64 - 1 are the same seed.
@@ -167,8 +168,8 @@ def pl_log_prob(logits: Tensor, indices: Tensor) -> Tensor:
 
     Returns:
         `[...]` or `[S, ...]`, float64 for float64 logits, else float32: 0 for an empty draw, -inf for an
-        impossible one (a repeated item, a logit of -inf), NaN for an index outside [-1, N) or a drawn NaN. It is
-        differentiable twice in the logits, with gradient 0 where it is not finite.
+        impossible one (a repeated item, a logit of -inf), NaN for an index outside [-1, N) or a drawn NaN.
+        Twice differentiable in the logits, with gradient 0 where it is not finite.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule; one line says which.

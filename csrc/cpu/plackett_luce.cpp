@@ -205,4 +205,10 @@ double PlackettLuce::add_second_gradient(const int64_t* drawn, int64_t k, double
   return result;
 }
 
+PlackettLuce distribution_of(const double* items, int64_t n) {
+  uint8_t* marks = scratch<struct mark_scratch, uint8_t>(n);
+  std::fill(marks, marks + n, uint8_t{0});
+  return {items, n, scratch<struct exp_scratch, double>(n), marks};
+}
+
 }  // namespace cacovid::cpu

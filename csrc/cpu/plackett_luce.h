@@ -41,4 +41,7 @@ class PlackettLuce {
   bool narrow_;  // finite items lie within 200 of each other and nothing is +inf: sums of weights are safe
 };
 
+// The distribution of a row with this thread's scratch: one at a time.
+PlackettLuce distribution_of(const double* items, int64_t n);
+
 }  // namespace cacovid::cpu

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <vector>
+#include <vector>
 
 #include "cacovid/order.h"
 #include "scratch.h"
@@ -30,10 +31,17 @@ void sort_falling(uint64_t* words, int64_t n) {
 
 const uint32_t* position_columns(int64_t n) {
   thread_local std::vector<uint32_t> columns;
-  const size_t size = static_cast<size_t>(padded(n));
-  columns.reserve(size);
-  while (columns.size() < size) columns.push_back(static_cast<uint32_t>(columns.size()));
+  for (int64_t i = static_cast<int64_t>(columns.size()); i < padded(n); ++i) {
+    columns.push_back(static_cast<uint32_t>(i));
+  }
   return columns.data();
+}
+
+void rank_by_sorting(const uint32_t* keys, int64_t n, uint32_t* order) {
+  uint64_t* words = scratch<struct rank_scratch, uint64_t>(n);
+  for (int64_t i = 0; i < n; ++i) words[i] = rank_word(keys[i], static_cast<uint32_t>(i));
+  sort_falling(words, n);
+  for (int64_t r = 0; r < n; ++r) order[r] = rank_index(words[r]);
 }
 
 int64_t count_valid(const uint32_t* keys, int64_t n) {

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "cacovid/ops.h"
 #include "cacovid/order.h"
@@ -27,12 +26,6 @@ double* load_doubles(const Row& row, DType dtype, int64_t n) {
   double* items = scratch<struct logit_scratch, double>(n);
   for (int64_t i = 0; i < n; ++i) items[i] = load_double(row, dtype, i);
   return items;
-}
-
-PlackettLuce distribution_of(const double* items, int64_t n) {
-  uint8_t* marks = scratch<struct mark_scratch, uint8_t>(n);
-  std::memset(marks, 0, static_cast<size_t>(n));
-  return {items, n, scratch<struct weight_scratch, double>(n), marks};
 }
 
 // Draws of every sample and row, one after another in memory.

@@ -24,8 +24,9 @@ struct KeyRow {
   int32_t status;
 };
 
-struct NoiseLoops;  // noise_loops.h
-struct RowLoops;    // row_loops.h
+struct CombinationLoops;  // combination_loops.h
+struct NoiseLoops;        // noise_loops.h
+struct RowLoops;          // row_loops.h
 
 struct HotLoops {
   const char* name;
@@ -49,6 +50,7 @@ struct HotLoops {
   void (*pool_frame)(const void* hidden, DType dtype, const FrameShape& shape, float eps, float* rrms, float* mean,
                      float* sums);
 
+  const CombinationLoops* combinations;
   const NoiseLoops* noise;
   const RowLoops* rows;
 };

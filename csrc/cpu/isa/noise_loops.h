@@ -23,6 +23,9 @@ struct NoiseLoops {
   // e^(x - top) for x <= top; 0 for -inf and NaN.
   void (*exp_below)(const double* x, int64_t n, double top, double* e);
 
+  // ln of n positive weights, rounded to float32 first; -inf where a weight is 0.
+  void (*log_weights)(const double* weights, int64_t n, float* logs);
+
   // The sum of n doubles, always added in the same order.
   double (*sum)(const double* x, int64_t n);
 };

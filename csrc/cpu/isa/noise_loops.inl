@@ -1,4 +1,6 @@
 // Philox and Gumbel noise for many elements, and the sums that log-probabilities need.
+#pragma once
+
 #include "cacovid/gumbel.h"
 #include "cacovid/order.h"
 #include "cacovid/philox.h"
@@ -101,6 +103,14 @@ void exp_below(const double* x, int64_t n, double top, double* e) {
   for (int64_t i = 0; i < n; ++i) e[i] = exp_exact(x[i] - top);
 }
 
+void log_weights(const double* weights, int64_t n, float* logs) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float weight = static_cast<float>(weights[i]);
+    const float log = ln_float(weight > 0.0f ? weight : 1.0f);
+    logs[i] = weight > 0.0f ? log : -__builtin_inff();
+  }
+}
+
 // Sixteen running sums whatever the registers' width: one order of additions, hence the same bits.
 double sum(const double* x, int64_t n) {
   double lanes[16] = {};
@@ -115,7 +125,7 @@ double sum(const double* x, int64_t n) {
   return lanes[0];
 }
 
-constexpr NoiseLoops noise_loop_table = {gumbel, perturb, exp_below, sum};
+constexpr NoiseLoops noise_loop_table = {gumbel, perturb, exp_below, log_weights, sum};
 
 }  // namespace
 }  // namespace cacovid::cpu

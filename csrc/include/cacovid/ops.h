@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cacovid/budget.h"
+#include "cacovid/combinations.h"
 #include "cacovid/status.h"
 #include "cacovid/tensor.h"
 
@@ -47,6 +48,23 @@ void pl_log_prob_backward(const double* grad, Tensor logits, Tensor indices, int
 // direction [R, N], the gradient that reached grad_logits -> grad_grad [S, R], grad_logits [R, N].
 void pl_log_prob_double_backward(const double* direction, const double* grad, Tensor logits, Tensor indices,
                                  int threads, double* grad_grad, double* grad_logits);
+
+struct CombinationSamples {
+  int64_t tokens, frames;  // token combinations (G) and frame combinations (Gf), each with the best as its first
+  bool strict;             // frames: cap every probability at 3 / T, or the published floor of 1 / Gf^2
+};
+struct CombinationOutputs {
+  int64_t* indices;        // [G, sum of frames * num_draw] flat token positions, ascending in each frame, then -1
+  int64_t* groups;         // [G, F] group that was drawn, -1 in the first row
+  float* log_prob;         // [G, F] ln of the probability of the group and the ordered draw inside it
+  int64_t* frame_indices;  // [Gf, sum of num_frames] flat frame positions, ascending in each video, then -1
+  float* frame_log_prob;   // [Gf, videos]
+  int32_t* status;         // [videos]
+};
+
+// token_scores [N], [T, P] or [B, T, P], frame_scores [F] or [B, T], f32 | f16 | bf16; the key's stream is unused.
+void sample_combinations(Tensor token_scores, Tensor frame_scores, const CombinationPlan* plans, int64_t videos,
+                         CombinationSamples samples, DrawKey key, int threads, CombinationOutputs out);
 
 // bits [n] -> standard Gumbel noise [n] (gumbel.h).
 void gumbel_noise(const uint32_t* bits, int64_t n, float* noise);

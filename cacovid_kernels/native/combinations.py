@@ -1,0 +1,39 @@
+"""Online combination space sampling on the CPU engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels.native import engine, num_threads
+
+
+def sample_combinations(
+    token_scores: Tensor,
+    frame_scores: Tensor | None,
+    grid_thw: list[int],
+    num_samples: int,
+    num_draw: list[int],
+    num_groups: list[int],
+    group_cap: list[float],
+    num_frame_samples: int,
+    num_frames: list[int],
+    strict: bool,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    counts = grid_thw[::3]
+    frames = sum(counts)
+    drawn = sum(t * k for t, k in zip(counts, num_draw, strict=True))
+    indices = torch.empty(num_samples, drawn, dtype=torch.int64)
+    groups = torch.empty(num_samples, frames, dtype=torch.int64)
+    log_prob = torch.empty(num_samples, frames)
+    frame_indices = torch.empty(num_frame_samples, sum(num_frames), dtype=torch.int64)
+    frame_log_prob = torch.empty(num_frame_samples, len(num_draw))
+    status = torch.empty(len(num_draw), dtype=torch.int32)
+    engine().sample_combinations(
+        token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, group_cap, num_frame_samples,
+        num_frames, strict, seed, step, num_threads(), indices, groups, log_prob, frame_indices,
+        frame_log_prob, status,
+    )  # fmt: skip
+    return indices, groups, log_prob, frame_indices, frame_log_prob, status

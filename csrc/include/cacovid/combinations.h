@@ -1,0 +1,80 @@
+// Online combination space sampling: the arithmetic of one frame.
+//
+// A frame's tokens, ranked by score, fall into groups of nearly equal size. A group is drawn by its share of the
+// softmax, floored and capped; then tokens inside it, without replacement, by weights within [1/2, 2] of uniform.
+// Real numbers are float64 in the manner of exact.h, so that every backend draws the same.
+#pragma once
+
+#include "cacovid/exact.h"
+
+namespace cacovid {
+
+// What the host knows about a video before it sees a score.
+struct CombinationPlan {
+  int64_t frames;
+  int64_t tokens_per_frame;
+  int64_t num_draw;    // tokens that a combination takes from every frame
+  int64_t num_groups;  // in [1, tokens_per_frame]
+  double group_cap;    // most probability of a group
+  int64_t num_frames;  // frames of a frame combination
+};
+
+// The first `remainder` groups hold one token more than the others.
+CACOVID_HD int64_t group_start(const CombinationPlan& p, int64_t group) {
+  const int64_t size = p.tokens_per_frame / p.num_groups, remainder = p.tokens_per_frame % p.num_groups;
+  return group * size + (group < remainder ? group : remainder);
+}
+
+CACOVID_HD int64_t group_size(const CombinationPlan& p, int64_t group) {
+  return p.tokens_per_frame / p.num_groups + (group < p.tokens_per_frame % p.num_groups ? 1 : 0);
+}
+
+// Groups that can be drawn when only the `valid` best tokens have a chance: those that hold `num_draw` of them.
+// Because tokens are ranked these are the first ones. Without any, the first group gives what it has.
+CACOVID_HD int64_t open_groups(const CombinationPlan& p, int64_t valid) {
+  int64_t open = p.num_groups;
+  while (open > 1 && group_start(p, open - 1) + p.num_draw > valid) --open;
+  return open;
+}
+
+// Shares (of 1) that never rise from the first to the last become probabilities: none exceeds `cap` or falls below
+// 1/n^2 of what is left for it. The largest is cut to the cap, the others are normalised again, and so on.
+CACOVID_HD void cap_shares(double* share, int64_t n, double cap) {
+  const double feasible = 1.0 / static_cast<double>(n), floor = feasible * feasible;
+  cap = cap > feasible ? cap : feasible;
+  double rest = 1.0, norm = 1.0;  // shares from `first` on are share / norm of rest
+  int64_t first = 0;
+  for (;; ++first) {
+    const double least = floor * norm;
+    int64_t total = 0;
+    for (int64_t i = first; i < n; ++i) {
+      share[i] = share[i] > least ? share[i] : least;
+      total += to_fixed(share[i]);
+    }
+    norm = from_fixed(total);
+    cap = cap < 0.999 ? cap : 0.999;
+    if (first == n - 1 || share[first] <= cap * norm) break;
+    share[first] = cap * rest;
+    rest = rest * (1.0 - cap);
+    cap = cap / (1.0 - cap);
+  }
+  const double scale = rest / norm;
+  for (int64_t i = first; i < n; ++i) share[i] = share[i] * scale;
+}
+
+// Shares as integers, and the one that 32 random bits fall on: the first whose running sum exceeds the threshold.
+CACOVID_HD int64_t share_weight(double share) { return round_even_bits(share * 1073741824.0); }  // 2^30
+CACOVID_HD int64_t share_threshold(uint32_t bits, int64_t total) {
+  return static_cast<int64_t>(static_cast<uint64_t>(bits) * static_cast<uint64_t>(total) >> 32);
+}
+
+// A token's weight inside its group is e * weight_scale, clamped: the published p / (p_group + 1e-8), where
+// p = e / total and e = exp(score - best score of the frame).
+CACOVID_HD double weight_scale(double group_share, double total) { return 1.0 / (total * (group_share + 1e-8)); }
+CACOVID_HD double token_weight(double scaled, const CombinationPlan& p) {
+  const double uniform = 1.0 / static_cast<double>(p.tokens_per_frame / p.num_groups);
+  const double least = 0.5 * uniform, most = 2.0 * uniform;
+  return scaled < least ? least : scaled > most ? most : scaled;
+}
+
+}  // namespace cacovid
