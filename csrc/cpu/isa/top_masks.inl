@@ -36,11 +36,12 @@ void load_keys(const void* scores, DType dtype, int64_t stride, int64_t n, KeyRo
 inline uint64_t at_least(const uint32_t* keys, uint32_t threshold) {
   uint64_t mask = 0;
 #if defined(__AVX512F__)
+  // Joined in mask registers: gcc 12 may spill a mask of 16 bits as such and reload it as 64.
   const __m512i t = _mm512_set1_epi32(static_cast<int>(threshold));
-  for (int i = 0; i < 4; ++i) {
-    const __m512i block = _mm512_loadu_si512(keys + 16 * i);
-    mask |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(block, t)) << (16 * i);
-  }
+  __mmask16 part[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) part[i] = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + 16 * i), t);
+  mask = _mm512_kunpackd(_mm512_kunpackw(part[3], part[2]), _mm512_kunpackw(part[1], part[0]));
 #elif defined(__AVX2__)
   const __m256i t = _mm256_set1_epi32(static_cast<int>(threshold));
   for (int i = 0; i < 8; ++i) {
