@@ -13,8 +13,8 @@ inline __attribute__((always_inline)) void store_float(bf16_t* to, float x) {
 }
 inline __attribute__((always_inline)) void store_float(f16_t* to, float x) {
   const uint32_t bits = float_to_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = magnitude > 0x7f800000u ? 0u : (bits >> 16) & 0x8000u;
   // Normal results: round off 13 bits; the carry reaches infinity by itself. Subnormal ones: adding 0.5 lets
   // the adder round to the spacing 2^-24.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
