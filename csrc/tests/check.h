@@ -16,9 +16,9 @@ namespace cacovid::test {
 
 // What a sanitizer's slowness leaves of a number of repetitions.
 #if defined(__SANITIZE_THREAD__)
-constexpr int64_t slowdown = 8;
+constexpr int64_t slowdown = 6;
 #elif defined(__SANITIZE_ADDRESS__)
-constexpr int64_t slowdown = 3;
+constexpr int64_t slowdown = 2;
 #else
 constexpr int64_t slowdown = 1;
 #endif

@@ -110,8 +110,9 @@ inline Memory random_memory(Random& random, int64_t bytes, int64_t item) {
 template <class T>
 class Output {
  public:
-  Output(Random& random, int64_t count) : count_(count) {
-    memory_ = random_memory(random, count * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  // `alignment`: of the elements, where T is only their bytes.
+  Output(Random& random, int64_t count, int64_t alignment = sizeof(T)) : count_(count) {
+    memory_ = random_memory(random, count * static_cast<int64_t>(sizeof(T)), alignment);
     if (count > 0)
       std::memset(memory_.data(), static_cast<int>(random.next() & 255), sizeof(T) * static_cast<size_t>(count));
   }
@@ -135,19 +136,7 @@ inline uint32_t float_bits(float x) {
 inline bool same_float(float a, float b) { return float_bits(a) == float_bits(b) || (a != a && b != b); }
 
 // Values by arithmetic on the format's fields, to check the core's bit tricks against.
-inline double value_of(const char* at, DType dtype) {
-  if (dtype == DType::f64) {
-    double x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
-  }
-  if (dtype == DType::f32) {
-    float x;
-    std::memcpy(&x, at, sizeof x);
-    return static_cast<double>(x);
-  }
-  uint16_t bits;
-  std::memcpy(&bits, at, sizeof bits);
+inline double value_of_half(uint16_t bits, DType dtype) {
   const int fraction_bits = dtype == DType::bf16 ? 7 : 10, bias = dtype == DType::bf16 ? 127 : 15;
   const int fraction = bits & ((1 << fraction_bits) - 1);
   const int top = 2 * bias + 1, exponent = (bits >> fraction_bits) & top;
@@ -155,6 +144,19 @@ inline double value_of(const char* at, DType dtype) {
                            : std::ldexp(fraction + (1 << fraction_bits), exponent - bias - fraction_bits);
   if (exponent == top) x = fraction ? std::nan("") : std::numeric_limits<double>::infinity();
   return bits & 0x8000 ? -x : x;
+}
+
+template <class T>
+T load(const char* at) {
+  T x;
+  std::memcpy(&x, at, sizeof x);
+  return x;
+}
+
+inline double value_of(const char* at, DType dtype) {
+  if (dtype == DType::f64) return load<double>(at);
+  if (dtype == DType::f32) return static_cast<double>(load<float>(at));
+  return value_of_half(load<uint16_t>(at), dtype);
 }
 
 // A float32 rounded to nearest even into a format's bytes, by scaling to whole units in the last place.

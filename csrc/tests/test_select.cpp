@@ -342,8 +342,7 @@ TEST(order_keys_rank_every_pair) {
 TEST(half_floats_load_exactly) {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     const uint16_t half = static_cast<uint16_t>(bits);
-    const char* at = reinterpret_cast<const char*>(&half);
-    const double f16 = value_of(at, DType::f16), bf16 = value_of(at, DType::bf16);
+    const double f16 = value_of_half(half, DType::f16), bf16 = value_of_half(half, DType::bf16);
     CHECK(same_float(load_float(f16_t{half}), static_cast<float>(f16)));
     CHECK(same_float(load_float(bf16_t{half}), static_cast<float>(bf16)));
   }
