@@ -30,7 +30,9 @@ class Cache:
             return keys, values
         if self.static:
             for layer, rows in zip(self.source.layers, kept, strict=True):
-                layer.cumulative_length.fill_(rows)
+                length = getattr(layer, "cumulative_length", None)
+                if length is not None:  # else the layer counts its rows that are not zero
+                    length.fill_(rows)
             return self.source
         result = self.source
         if not inplace:
@@ -55,14 +57,15 @@ def _hugging_face(op: str, cache: Any) -> Cache:
                 f"{op}: cache layer {i} is a {name}, only {' and '.join(_LAYERS)} hold every position of a prompt as "
                 f"plain tensors. Use a DynamicCache or StaticCache, and a model whose layers all attend to everything."
             )
+    for i, layer in enumerate(cache.layers):
         if not layer.is_initialized:
             raise ValueError(f"{op}: cache layer {i} of the {kind} is empty. Run the prompt through the model first.")
     static = [type(layer).__name__ == "StaticLayer" for layer in cache.layers]
-    if any(static) != all(static):
+    if any(static) and not all(static):
         raise TypeError(f"{op}: cache mixes static and dynamic layers. Use a cache of one kind.")
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
     if any(static) and keys[0].device.type == "cpu":  # elsewhere the fill level stays on the device
-        filled = [int(layer.cumulative_length) for layer in cache.layers]
+        filled = [int(layer.get_seq_length()) for layer in cache.layers]
         keys = [k[:, :, :n] for k, n in zip(keys, filled, strict=True)]
         values = [v[:, :, :n] for v, n in zip(values, filled, strict=True)]
     return Cache(keys, values, cache, any(static))

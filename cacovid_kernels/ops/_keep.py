@@ -42,8 +42,8 @@ def _rows_of_selection(op: str, keep: Selection, b: int, n: int) -> Tensor:
 
 def _one(op: str, keep: Any, b: int, h: int, n: int) -> Keep:
     if isinstance(keep, (list, tuple)):
-        shape = [len(row) if isinstance(row, (list, tuple)) else -1 for row in keep]
-        if shape != [h] * b or not all(isinstance(k, Tensor) for row in keep for k in row):
+        heads = [len(row) if isinstance(row, (list, tuple)) else -1 for row in keep]
+        if heads != [h] * b or not all(isinstance(k, Tensor) for row in keep for k in row):
             raise ValueError(f"{op}: nested keep lists must hold one tensor per head, keep[b][h] for B={b} and H={h}.")
         keep = RaggedKeep.from_lists(keep)
     if isinstance(keep, RaggedKeep):
@@ -101,7 +101,8 @@ def keeps_of(
     if depth > 3 or (per_layer and len(keep) != len(shapes)):
         raise ValueError(f"{op}: keep has {len(keep)} entries for {len(shapes)} layers. Pass {_FORMS}.")
     known: dict[tuple, int] = {}
-    keeps, layer_keeps = [], []
+    keeps: list[Keep] = []
+    layer_keeps: list[int] = []
     for layer, shape in enumerate(shapes):
         given = keep[layer] if per_layer else keep
         key = (id(given), shape)

@@ -25,9 +25,7 @@ def leaves(op: str, tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
         return [leaf for key, item in tree.items() for leaf in leaves(op, item, (*path, key))]
     if isinstance(tree, (list, tuple)):
         return [leaf for i, item in enumerate(tree) for leaf in leaves(op, item, (*path, i))]
-    raise TypeError(
-        f"{op}: {name_of(path)} is a {type(tree).__name__}. Pass tensors, or dicts and lists of them."
-    )
+    raise TypeError(f"{op}: {name_of(path)} is a {type(tree).__name__}. Pass tensors, or dicts and lists of them.")
 
 
 def rebuild(tree: Any, tensors: Iterator[Tensor]) -> Any:

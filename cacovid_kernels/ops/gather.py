@@ -79,9 +79,7 @@ def _scatter_backward(ctx, grads):
     return results, None, None, None
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::gather_rows", _gather_backward, setup_context=_keep_gather, lib=library
-)
+torch.library.register_autograd(f"{NAMESPACE}::gather_rows", _gather_backward, setup_context=_keep_gather, lib=library)
 torch.library.register_autograd(
     f"{NAMESPACE}::scatter_rows", _scatter_backward, setup_context=_keep_scatter, lib=library
 )

@@ -74,7 +74,7 @@ def _front(x: Tensor, shape: tuple[int, ...], release: bool) -> Tensor:
     for size in shape[:0:-1]:
         strides.insert(0, strides[0] * size)
     if not release:
-        return x.as_strided(shape, strides, x.storage_offset())
+        return x.as_strided(shape, strides)
     storage = x.untyped_storage()
     x.set_(storage, 0, shape, strides)  # first: a tensor must never claim more than its storage holds
     storage.resize_(x.numel() * x.element_size())
@@ -87,7 +87,7 @@ def _in_place(cache: Cache, xs: list[Tensor], release: bool, ragged: bool, lists
     placements = [IN_FRONT if front else IN_HEADS for front in fronts]
     for x, j in zip(xs, keep_of, strict=True):
         if not ragged and keep[j].shape[2] > x.shape[2]:
-            raise ValueError(f"{_OP}: in place at most N={x.shape[2]} of N rows stay, keep has {keep[j].shape[2]}.")
+            raise ValueError(f"{_OP}: in place a head holds at most N={x.shape[2]} rows, keep has {keep[j].shape[2]}.")
     if not torch.compiler.is_compiling():
         _check_in_place(xs, placements)
         if release:
