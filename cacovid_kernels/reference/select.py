@@ -42,8 +42,8 @@ def _level(counts: Tensor, missing: Tensor, tokens_per_frame: int) -> Tensor:
     gaps = water[:, None] - counts[None, :]  # [P + 3, T]
     added = gaps.clamp(min=0).sum(1)
     taken = (-gaps).clamp(min=0).sum(1)
-    up = water[(added <= missing).sum() - 1]
-    down = water[(taken > -missing).sum().clamp(max=tokens_per_frame + 2)]
+    up = (added <= missing).sum() - 2  # water[i] is i - 1; indexing with a tensor would read it on the host
+    down = (taken > -missing).sum().clamp(max=tokens_per_frame + 2) - 1
     raised = torch.maximum(counts, up)
     lowered = torch.minimum(counts, down)
     up_rest = missing - (raised - counts).sum()
@@ -128,7 +128,8 @@ def allocate_budget(
 ) -> tuple[Tensor, Tensor]:
     """Ranked tokens per frame [F] int64 and status [B] int32."""
     grids = _grids(grid_thw)
-    counts, status = [], []
+    counts = [frame_scores.new_empty(0, dtype=torch.int64)]  # of no videos, too, there is an answer
+    status = [frame_scores.new_empty(0, dtype=torch.int32)]
     for v, scores in enumerate(_split(frame_scores, [t for t, _, _ in grids])):
         ranked = ranked_tokens(grids[v], num_keep[v], keep_ratio[v], importance_ratio, True)
         args = (keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, scores.device)
@@ -153,7 +154,8 @@ def select_tokens(
     grids = _grids(grid_thw)
     device = token_scores.device
     frames = None if frame_scores is None else _split(frame_scores, [t for t, _, _ in grids])
-    indices, counts, status, start = [], [], [], 0
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    indices, counts, status, start = [none], [none], [none.int()], 0
     for v, scores in enumerate(_split(token_scores, [t * h * w for t, h, w in grids])):
         t, h, w = grids[v]
         frame = None if frames is None else frames[v]
