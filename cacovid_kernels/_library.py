@@ -19,6 +19,7 @@ library = torch.library.Library(NAMESPACE, "DEF")
 _HOST_TYPES = frozenset({int, float, bool, str, type(None)})
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch_level: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_jit_trace: Callable[[], Any] = torch._C._get_tracing_state
 
 
 class Op:
@@ -42,14 +43,18 @@ class Op:
 
 
 def needs_dispatcher(args: Any) -> bool:
-    """Whether tracing, autograd, vmap, a tensor subclass or a dispatch mode has to see the op."""
+    """Whether tracing, autograd, vmap, a tensor subclass, a lazy negation or a dispatch mode has to see the op."""
     if torch.compiler.is_compiling() or _dispatch_modes() or _functorch_level() is not None:
         return True
+    if _jit_trace() is not None:
+        raise RuntimeError(
+            "cacovid_kernels: torch.jit.trace would not see what an op writes. Use torch.compile or torch.export."
+        )
     grad = torch.is_grad_enabled()
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if grad and arg.requires_grad:
+            if (grad and arg.requires_grad) or arg.is_neg():  # memory of a negated view holds other values
                 return True
         elif kind is list:
             if arg and type(arg[0]) not in _HOST_TYPES and needs_dispatcher(arg):
