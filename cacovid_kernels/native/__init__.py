@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+CPU = torch.device("cpu")  # named at every allocation: torch.set_default_device and `with device:` must not move one
+
 try:
     from cacovid_kernels import _C
 

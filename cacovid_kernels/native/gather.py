@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels._bits import as_bits
-from cacovid_kernels.native import engine, num_threads
+from cacovid_kernels.native import CPU, engine, num_threads
 
 
 def _flat(index: Tensor) -> Tensor:
@@ -22,13 +22,13 @@ def gather_rows(xs: list[Tensor], index: Tensor, dims: list[int]) -> list[Tensor
     for x, dim in zip(xs, dims, strict=True):
         shape = list(x.shape)
         shape[dim : dim + 1] = kept
-        outs.append(torch.empty(shape, dtype=x.dtype))
+        outs.append(torch.empty(shape, dtype=x.dtype, device=CPU))
     _gather(xs, index, dims, True, outs)
     return outs
 
 
 def gather_rows_out(xs: list[Tensor], index: Tensor, dims: list[int], outs: list[Tensor]) -> None:
-    targets = [out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype) for out in outs]
+    targets = [out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=CPU) for out in outs]
     _gather(xs, index, dims, False, targets)
     for out, target in zip(outs, targets, strict=True):
         if out is not target:
@@ -46,7 +46,7 @@ def scatter_rows(grads: list[Tensor], index: Tensor, sizes: list[int], dims: lis
     for grad, size, dim in zip(grads, sizes, dims, strict=True):
         outer, inner = grad.shape[:dim], grad.shape[dim + index.dim() :]
         shapes += [math.prod(outer), size, math.prod(inner)]
-        outs.append(torch.empty((*outer, size, *inner), dtype=grad.dtype))
+        outs.append(torch.empty((*outer, size, *inner), dtype=grad.dtype, device=CPU))
     flat = [grad.contiguous().reshape(-1) for grad in grads]
     targets = [out.reshape(-1) for out in outs]
     engine().scatter_rows(flat, _flat(index), shapes, True, num_threads(), targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cacovid_kernels.native import engine, num_threads
+from cacovid_kernels.native import CPU, engine, num_threads
 
 
 def allocate_budget(
@@ -17,8 +17,8 @@ def allocate_budget(
     max_frame_ratio: list[float],
     strict: bool,
 ) -> tuple[Tensor, Tensor]:
-    counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64)
-    status = torch.empty(len(num_keep), dtype=torch.int32)
+    counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64, device=CPU)
+    status = torch.empty(len(num_keep), dtype=torch.int32, device=CPU)
     engine().allocate_budget(
         frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, counts, status
     )
@@ -37,9 +37,9 @@ def select_tokens(
     fill: bool,
     by_score: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    indices = torch.empty(sum(num_keep), dtype=torch.int64)
-    frame_counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64)
-    status = torch.empty(len(num_keep), dtype=torch.int32)
+    indices = torch.empty(sum(num_keep), dtype=torch.int64, device=CPU)
+    frame_counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64, device=CPU)
+    status = torch.empty(len(num_keep), dtype=torch.int32, device=CPU)
     engine().select_tokens(
         token_scores, frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio,
         strict, fill, by_score, num_threads(), indices, frame_counts, status,
@@ -50,7 +50,7 @@ def select_tokens(
 def segmented_topk(
     scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool
 ) -> tuple[Tensor, Tensor]:
-    indices = torch.empty(sum(k), dtype=torch.int64)
-    status = torch.empty(len(k), dtype=torch.int32)
+    indices = torch.empty(sum(k), dtype=torch.int64, device=CPU)
+    status = torch.empty(len(k), dtype=torch.int32, device=CPU)
     engine().segmented_topk(scores, cu_seqlens, k, by_score, num_threads(), indices, status)
     return indices, status
