@@ -47,8 +47,9 @@ Tensor frame_tensor(py::handle scores, int64_t frames) {
 
 // The rows of a dense [.., P] tensor are addressed by number: they must be the rows that the op expects.
 Tensor token_tensor(py::handle scores, int64_t tokens, bool equal_rows, int64_t row_length) {
-  const Tensor t = to_tensor(scores, "scores");
+  Tensor t = to_tensor(scores, "scores");
   check(is_score_type(t) && t.ndim <= 3 && t.numel() == tokens, "scores must be one float score per token");
+  if (tokens == 0) t.ndim = 1;  // rows without an element, or none: nothing to address, nothing to divide by
   check(t.ndim == 1 || (equal_rows && t.sizes[t.ndim - 1] == row_length), "dense scores need rows of equal length");
   return t;
 }
@@ -86,8 +87,9 @@ void segmented_topk(py::handle scores, const Ints& offsets, const Ints& k, bool 
   int64_t kept = 0;
   bool equal_rows = true;
   for (int64_t s = 0; s < segments; ++s) {
+    check(offsets[s + 1] >= offsets[s], "cu_seqlens must not fall");
     const int64_t n = offsets[s + 1] - offsets[s];
-    check(n >= 0 && n < (int64_t{1} << 31) && k[s] >= 0 && k[s] <= n, "k must be in [0, segment length]");
+    check(n < (int64_t{1} << 31) && k[s] >= 0 && k[s] <= n, "k must be in [0, segment length]");
     equal_rows = equal_rows && n == offsets[1];
     kept += k[s];
   }

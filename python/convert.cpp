@@ -72,6 +72,7 @@ Tensor to_tensor(py::handle tensor, const char* name) {
     t.strides[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d));
   }
   if (PyErr_Occurred()) throw py::error_already_set();
+  check(t.data != nullptr || t.numel() == 0, std::string(name) + " has no memory. Call .clone() on it.");
   return t;
 }
 
@@ -114,7 +115,9 @@ T* output(py::handle tensor, const char* name, int64_t count) {
   const int64_t numel = PyLong_AsLongLong(own(PyObject_CallMethodNoArgs(object, n.numel)).ptr());
   check(on_cpu && contiguous && dtype == dtype_of<T>() && numel == count,
         std::string(name) + " must be a contiguous CPU tensor with " + std::to_string(count) + " elements of the op's type");
-  return static_cast<T*>(PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr()));
+  T* data = static_cast<T*>(PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr()));
+  check(data != nullptr || count == 0, std::string(name) + " has no memory");
+  return data;
 }
 
 template int64_t* output<int64_t>(py::handle, const char*, int64_t);
