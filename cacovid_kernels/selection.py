@@ -106,7 +106,7 @@ class Selection:
             rows.shape[1] - sum(dropped[b * per_row : (b + 1) * per_row]) for b in range(rows.shape[0])
         )
         flat = rows.reshape(-1)
-        if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+        if type(flat) is Tensor and flat.device.type == "cpu" and not torch.compiler.is_compiling():
             marked = rows.sum(1).tolist()
             expected = [sum(tokens[b * per_row : (b + 1) * per_row]) for b in range(rows.shape[0])]
             if marked != expected:
