@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cacovid_kernels as ck
 from cacovid_kernels.ops import select as ops
@@ -229,6 +232,73 @@ def test_within_a_prompt_everything_else_is_kept(backend):
         kept.within(prompt.long())
 
 
+def test_sizes_come_as_any_kind_of_integer_and_leave_as_int(backend):
+    tokens, grid, three = torch.randn(48), [(3, 4, 4)], tuple(np.int64(n) for n in (3, 4, 4))
+    wanted = ck.select_tokens(tokens, None, grid, num_tokens=7)
+    for odd in (np.array(grid), np.array(grid[0]), torch.tensor(grid, dtype=torch.int32), grid[0], three, [three]):
+        for count in (np.int64(7), np.array([7]), torch.tensor([7])):
+            kept = ck.select_tokens(tokens, None, odd, num_tokens=count)
+            assert same(kept, wanted)
+            assert {type(n) for n in (*kept.grid_thw[0], *kept.lengths)} == {int}
+    assert torch.equal(ck.segmented_topk(tokens, np.int64(2), np.array([0, 48])), ck.segmented_topk(tokens, 2))
+
+
+def test_a_refused_size_leaves_nothing_behind(backend):
+    tokens = torch.randn(13 * 11)  # a grid and counts that no other test has looked up
+    for grid in ([(13.0, 1, 11)], torch.tensor([[13.0, 1, 11]]), 143, [None], "grid"):
+        with pytest.raises(TypeError, match=r"select_tokens: grid_thw=.* must be integers"):
+            ck.select_tokens(tokens, None, grid, keep_ratio=0.21)
+    for count in (17.0, [17.0], [[17]], "17", [17.5]):
+        with pytest.raises(TypeError, match=r"select_tokens: num_tokens=.* must be integers"):
+            ck.select_tokens(tokens, None, [(13, 1, 11)], num_tokens=count)
+    with pytest.raises(TypeError, match=r"segmented_topk: k=2\.0 must be integers"):
+        ck.segmented_topk(tokens, 2.0)
+    assert ck.select_tokens(tokens, None, [(13, 1, 11)], num_tokens=17).lengths == (17,)
+    assert ck.select_tokens(tokens, None, [(13, 1, 11)], keep_ratio=0.21).lengths == (30,)
+
+
+def test_counts_do_not_depend_on_the_precision_of_the_ratio():
+    ratio = np.float16(0.1)
+    assert ck.select_tokens(torch.zeros(100, 400), keep_ratio=ratio).lengths == (math.floor(float(ratio) * 40000),)
+
+
+def test_views_that_negate_lazily(backend):
+    lazy = torch.randn(6, 31, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    tokens = lazy.resolve_neg()
+    wanted = ck.select_tokens(tokens, tokens[:, 0], keep_ratio=0.3)
+    assert same(ck.select_tokens(lazy, lazy[:, 0], keep_ratio=0.3), wanted)
+    assert torch.equal(ck.gather_tokens(lazy, torch.tensor([5, 0])), tokens[[5, 0]])
+
+
+def test_the_default_device_does_not_move_results(backend):
+    tokens, frames, index = torch.randn(4, 10), torch.randn(4), torch.tensor([3, 1])
+    with torch.device("meta"):
+        kept = ck.select_tokens(tokens, frames, keep_ratio=0.3)
+        counts = ck.allocate_budget(frames, [(4, 2, 5)], keep_ratio=0.3)
+        best = ck.segmented_topk(tokens, 2)
+        rows = ck.gather_tokens(tokens, index)
+    assert same(kept, ck.select_tokens(tokens, frames, keep_ratio=0.3))
+    assert torch.equal(counts, ck.allocate_budget(frames, [(4, 2, 5)], keep_ratio=0.3))
+    assert torch.equal(best, ck.segmented_topk(tokens, 2))
+    assert torch.equal(rows, tokens[index])
+
+
+@pytest.mark.parametrize("mode", ["official", "strict"])
+@pytest.mark.parametrize("order", ["index", "score"])
+def test_nothing_is_read_on_the_host(mode, order):
+    """On meta tensors every host read is an error, inside an op too, where no dispatch mode looks."""
+    tokens, frames = torch.zeros(7, 12, device="meta"), torch.zeros(7, device="meta")
+    with ck.use_backend("reference"):
+        kept = ck.select_tokens(tokens, frames, keep_ratio=0.3, mode=mode, order=order)
+        assert ck.allocate_budget(frames, [(7, 3, 4)], keep_ratio=0.3, mode=mode).shape == (7,)
+        assert ck.segmented_topk(tokens, 2, order=order).shape == (14,)
+    assert kept.indices.shape == kept.padded_indices()[0].shape == (25,)
+    assert kept.mask().shape == (84,)
+    assert kept.cu_seqlens.shape == (2,)
+    assert kept.within(torch.zeros(100, dtype=torch.bool, device="meta")).indices.shape == (41,)
+
+
 # ---- errors -------------------------------------------------------------------------------------
 
 GOOD = (torch.zeros(4, 6), torch.zeros(4))
@@ -256,7 +326,10 @@ GOOD = (torch.zeros(4, 6), torch.zeros(4))
         ((torch.zeros(24), None, [(4, 2, 4)]), {"keep_ratio": 0.5}, "each of the 32 tokens"),
         ((torch.zeros(24), None, [(4, 0, 6)]), {"keep_ratio": 0.5}, r"entry \(4, 0, 6\)"),
         ((torch.zeros(24), None, [(4, 6)]), {"keep_ratio": 0.5}, r"entry \(4, 6\)"),
+        ((torch.zeros(0, 6),), {"keep_ratio": 0.5}, r"entry \(0, 1, 6\)"),
+        ((torch.zeros(1).expand(2**22), None, [(2**22, 1, 1)]), {"keep_ratio": 0.5}, r"fewer than 2\^22 frames"),
         ((torch.zeros(4, 6), torch.zeros(5)), {"keep_ratio": 0.5}, "each of the 4 frames"),
+        ((torch.zeros(1, 6), torch.tensor(1.0)), {"keep_ratio": 0.5}, "each of the 1 frames"),
     ],
 )
 def test_bad_arguments_name_value_and_rule(args, options, message):
@@ -304,6 +377,11 @@ def test_engine_refuses_what_would_read_out_of_bounds():
         native.select_tokens(torch.zeros(11), None, [1, 1, 12], [1], [0.5], 0.5, [1.0], False, True, False)
     with pytest.raises(ValueError, match="k must be in"):
         native.segmented_topk(torch.zeros(4), [0, 4], [5], False)
+    with pytest.raises(ValueError, match="must not fall"):
+        native.segmented_topk(torch.zeros(4), [0, 1, -(2**63)], [0, 0], False)
+    with pytest.raises(ValueError, match="has no memory"):
+        native.segmented_topk(torch._efficientzerotensor(4), [0, 4], [1], False)
+    assert native.segmented_topk(torch.zeros(3, 0, 0), [0, 0], [0], False)[0].numel() == 0  # no division by 0
 
 
 # ---- segmented top-k ----------------------------------------------------------------------------
@@ -329,6 +407,12 @@ def test_long_rows(n, backend):
 
 
 def test_empty_calls(backend):
+    assert ck.segmented_topk(torch.zeros(0, 5), 1).tolist() == []
+    assert ck.segmented_topk(torch.zeros(5, 0), 0).tolist() == []
+    for scores, grid in ((torch.zeros(0), []), (torch.zeros(0, 3, 4), None)):
+        kept = ck.select_tokens(scores, None, grid, keep_ratio=0.5)
+        assert kept.indices.dtype == torch.int64
+        assert (kept.indices.numel(), kept.frame_counts.numel(), kept.status.numel(), kept.lengths) == (0, 0, 0, ())
     assert ck.segmented_topk(torch.zeros(0), 0).tolist() == []
     assert ck.segmented_topk(torch.zeros(0), [], cu_seqlens=[0]).tolist() == []
 
@@ -461,6 +545,18 @@ def test_compiles_whole():
     assert torch.equal(indices, ck.select_tokens(tokens, frames, keep_ratio=0.3).indices + 1)
     assert torch.equal(counts, ck.allocate_budget(frames, [(4, 2, 5)], keep_ratio=0.3))
     assert torch.equal(best, ck.segmented_topk(tokens, 2))
+
+
+def test_traces_with_symbolic_sizes():
+    tokens, frames = torch.randn(4, 10), torch.randn(4)
+    for budget in ({"keep_ratio": 0.3}, {"num_tokens": 9}):
+        graph = make_fx(lambda a, b: ck.select_tokens(a, b, **budget).indices, tracing_mode="symbolic")(tokens, frames)  # noqa: B023
+        assert torch.equal(graph(tokens, frames), ck.select_tokens(tokens, frames, **budget).indices)
+    with FakeTensorMode():
+        kept = ck.select_tokens(torch.zeros(4, 10), keep_ratio=0.3)
+        assert kept.within(torch.zeros(50, dtype=torch.bool)).indices.shape == (22,)
+    with pytest.raises(RuntimeError, match=r"Use torch\.compile or torch\.export"):
+        torch.jit.trace(ck.gather_tokens, (tokens, torch.tensor([1])), check_trace=False)
 
 
 def test_scores_that_require_a_gradient_are_fine():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from numbers import Integral
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +46,37 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
         raise ValueError(f"{op}: {name}={value!r} must be one of {list(choices)}.")
 
 
+def on_host(op: str, name: str, values: Any) -> Any:
+    """Sizes given as a CPU tensor or an array become nested lists; a device tensor is a ValueError."""
+    if isinstance(values, Tensor) and values.device.type != "cpu":
+        raise ValueError(
+            f"{op}: {name} is on {values.device}; reading it would synchronise. Pass {name}.tolist(), made once."
+        )
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def is_one_int(value: Any) -> bool:
+    """Whether a size is one number rather than one per video or segment."""
+    return isinstance(value, (int, torch.SymInt, Integral))
+
+
+def host_ints(op: str, name: str, values: Any) -> tuple[int, ...]:
+    """Plain ints, from whatever counts as integers, or TypeError; symbolic ones stay symbolic.
+
+    Plain, because 4.0 and numpy's 4 equal 4: a cache would hand the first caller's kind to all others.
+    """
+    values = on_host(op, name, values)
+    if torch.compiler.is_compiling():
+        return tuple(values)
+    try:
+        ints = tuple(values)
+        if set(map(type, ints)) <= {int}:
+            return ints
+        return tuple(n if isinstance(n, torch.SymInt) else int(index(n)) for n in ints)
+    except TypeError:
+        raise TypeError(f"{op}: {name}={values!r} must be integers. Pass Python ints.") from None
+
+
 @lru_cache(maxsize=256)
 def _checked_grid(op: str, grid: Grid) -> Grid:
     for video in grid:
@@ -51,29 +84,35 @@ def _checked_grid(op: str, grid: Grid) -> Grid:
             raise ValueError(
                 f"{op}: grid_thw has the entry {video}, each must be three positive integers (frames, rows, columns)."
             )
+        if video[0] >= 2**22 or math.prod(video) >= 2**31:
+            raise ValueError(
+                f"{op}: grid_thw has the entry {video}, a video must have fewer than 2^22 frames and 2^31 tokens. "
+                f"Split it."
+            )
     return grid
 
 
 def parse_grid(op: str, grid_thw: Sequence[Sequence[int]] | Tensor | None, scores: Tensor) -> Grid:
     """Host-side (frames, rows, columns) of every video; without a grid the dense shape of `scores` says it."""
     if grid_thw is None:
-        if scores.dim() == 2:
-            return ((scores.shape[0], 1, scores.shape[1]),)
-        if scores.dim() == 3:
-            return ((scores.shape[1], 1, scores.shape[2]),) * scores.shape[0]
-        raise ValueError(
-            f"{op}: grid_thw is needed for packed scores (scores: {describe(scores)}). "
-            f"Pass (frames, rows, columns) per video, or scores of shape [T, P] or [B, T, P]."
-        )
-    if isinstance(grid_thw, Tensor):
-        if grid_thw.device.type != "cpu":
+        if scores.dim() not in (2, 3):
             raise ValueError(
-                f"{op}: grid_thw is on {grid_thw.device}; reading it would synchronise. Pass grid_thw.tolist(), made once."
+                f"{op}: grid_thw is needed for packed scores (scores: {describe(scores)}). "
+                f"Pass (frames, rows, columns) per video, or scores of shape [T, P] or [B, T, P]."
             )
-        grid_thw = grid_thw.tolist()
-    videos = [grid_thw] if len(grid_thw) == 3 and isinstance(grid_thw[0], int) else grid_thw
-    grid = tuple(tuple(video) for video in videos)  # type: ignore[arg-type]
-    return grid if torch.compiler.is_compiling() else _checked_grid(op, grid)  # type: ignore[arg-type, return-value]
+        t, p = scores.shape[-2:]
+        grid: Grid = ((t, 1, p),) * (1 if scores.dim() == 2 else scores.shape[0])
+    else:
+        rows = on_host(op, "grid_thw", grid_thw)
+        if not isinstance(rows, Sequence) or (len(rows) == 3 and is_one_int(rows[0])):
+            rows = [rows]
+        grid = tuple(host_ints(op, "grid_thw", row) for row in rows)  # type: ignore[misc]
+    if not torch.compiler.is_compiling():
+        try:
+            return _checked_grid(op, grid)
+        except TypeError:  # the symbolic sizes of a tracer have no hash
+            pass
+    return grid
 
 
 class Budget(NamedTuple):
@@ -96,11 +135,18 @@ def parse_budget(
     fill: bool = True,
 ) -> Budget:
     """Tokens to keep, keep ratio and frame cap of every video, from either way of naming a budget."""
-    if num_tokens is not None and not isinstance(num_tokens, (int, torch.SymInt)):
-        num_tokens = tuple(num_tokens)
+    if num_tokens is not None:
+        one = is_one_int(num_tokens)
+        ints = host_ints(op, "num_tokens", (num_tokens,) if one else num_tokens)
+        num_tokens = ints[0] if one else ints
+    args = (op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, fill)
     # Videos of a job repeat their grids: the host arithmetic of a call is looked up, except while tracing.
-    plan = _plan_budget if torch.compiler.is_compiling() else _known_budget
-    return plan(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, fill)
+    if not torch.compiler.is_compiling():
+        try:
+            return _known_budget(*args)
+        except TypeError:  # the symbolic sizes of a tracer have no hash
+            pass
+    return _plan_budget(*args)
 
 
 def _plan_budget(
@@ -125,8 +171,8 @@ def _plan_budget(
     if keep_ratio is not None:
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"{op}: keep_ratio={keep_ratio} must be in (0, 1].")
-        ratios = [float(keep_ratio)] * len(grid)
-        kept = [_tokens_kept(keep_ratio, importance_ratio, fill, *video) for video in grid]
+        ratios = [float(keep_ratio)] * len(grid)  # float64 whatever was passed: products decide counts
+        kept = [_tokens_kept(float(keep_ratio), float(importance_ratio), fill, *video) for video in grid]
     else:
         kept = list(num_tokens) if isinstance(num_tokens, tuple) else [num_tokens] * len(grid)  # type: ignore[list-item]
         if len(kept) != len(grid):

@@ -14,6 +14,8 @@ from cacovid_kernels.ops._checks import (
     check_same_device,
     check_scores,
     describe,
+    host_ints,
+    is_one_int,
     parse_budget,
     parse_grid,
 )
@@ -59,7 +61,7 @@ _segmented_topk = Op(
 def _check_frames(op: str, frame_scores: Tensor, grid: Grid) -> None:
     check_scores(op, "frame_scores", frame_scores)
     frames = sum(t for t, _, _ in grid)
-    if frame_scores.numel() != frames or frame_scores.dim() > 2:
+    if frame_scores.numel() != frames or not 1 <= frame_scores.dim() <= 2:
         raise ValueError(
             f"{op}: frame_scores must hold one score for each of the {frames} frames of grid_thw "
             f"(frame_scores: {describe(frame_scores)}). Pass [F], or [B, T] for videos of equal length."
@@ -245,12 +247,6 @@ def segmented_topk(
     check_scores(op, "scores", scores)
     check_choice(op, "order", order, ("index", "score"))
     check_choice(op, "check", check, ("flag", "raise"))
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.device.type != "cpu":
-            raise ValueError(
-                f"{op}: cu_seqlens is on {cu_seqlens.device}; reading it would synchronise. Pass a list, made once."
-            )
-        cu_seqlens = cu_seqlens.tolist()
     if cu_seqlens is None:
         if not 1 <= scores.dim() <= 2:
             raise ValueError(f"{op}: scores must be [N] or [S, P] (scores: {describe(scores)}).")
@@ -258,12 +254,12 @@ def segmented_topk(
         cu_seqlens = [i * length for i in range(rows + 1)]
     elif scores.dim() != 1:
         raise ValueError(f"{op}: scores must be [N] when cu_seqlens is given (scores: {describe(scores)}).")
-    bounds = list(cu_seqlens)
+    bounds = list(host_ints(op, "cu_seqlens", cu_seqlens))
     falls = any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
     if not bounds or bounds[0] != 0 or bounds[-1] != scores.numel() or falls:
         raise ValueError(f"{op}: cu_seqlens={bounds[:8]} must rise from 0 to N={scores.numel()}.")
     segments = len(bounds) - 1
-    ks = [k] * segments if isinstance(k, (int, torch.SymInt)) else list(k)
+    ks = list(host_ints(op, "k", (k,) * segments if is_one_int(k) else k))
     if len(ks) != segments:
         raise ValueError(f"{op}: k has {len(ks)} entries for {segments} segments.")
     for s, want in enumerate(ks):
