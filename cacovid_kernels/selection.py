@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntFlag
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import accumulate
 from operator import or_
 
@@ -56,7 +56,7 @@ class Selection:
         """Tokens before the selection, over all videos."""
         return sum(t * h * w for t, h, w in self.grid_thw)
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> Tensor:
         """`[B + 1]` int32 prefix sums of `lengths`, as variable-length attention takes them."""
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.indices.device)

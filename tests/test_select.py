@@ -538,10 +538,15 @@ def test_compiles_whole():
     def kept(tokens, frames):
         counts = ck.allocate_budget(frames, [(4, 2, 5)], keep_ratio=0.3)
         best = ck.segmented_topk(tokens, 2)
-        return ck.select_tokens(tokens * 2, frames, keep_ratio=0.3).indices + 1, counts, best
+        chosen = ck.select_tokens(tokens * 2, frames, keep_ratio=0.3)
+        helpers = chosen.mask(), chosen.padded_indices(), chosen.cu_seqlens
+        return chosen.indices + 1, counts, best, helpers
 
     tokens, frames = torch.randn(4, 10), torch.randn(4)
-    indices, counts, best = kept(tokens, frames)
+    indices, counts, best, (mask, padded, bounds) = kept(tokens, frames)
+    assert torch.equal(mask.nonzero().squeeze(1), indices - 1)
+    assert torch.equal(padded[0], indices - 1)
+    assert bounds.tolist() == [0, 12]
     assert torch.equal(indices, ck.select_tokens(tokens, frames, keep_ratio=0.3).indices + 1)
     assert torch.equal(counts, ck.allocate_budget(frames, [(4, 2, 5)], keep_ratio=0.3))
     assert torch.equal(best, ck.segmented_topk(tokens, 2))

@@ -255,7 +255,7 @@ def segmented_topk(
     elif scores.dim() != 1:
         raise ValueError(f"{op}: scores must be [N] when cu_seqlens is given (scores: {describe(scores)}).")
     bounds = list(host_ints(op, "cu_seqlens", cu_seqlens))
-    falls = any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
+    falls = any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
     if not bounds or bounds[0] != 0 or bounds[-1] != scores.numel() or falls:
         raise ValueError(f"{op}: cu_seqlens={bounds[:8]} must rise from 0 to N={scores.numel()}.")
     segments = len(bounds) - 1
