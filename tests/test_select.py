@@ -109,6 +109,17 @@ def test_order_keys_follow_the_order_of_floats():
     assert (keys.unique_consecutive().diff() > 0).all()
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1e-42), (torch.bfloat16, 1e-40), (torch.float16, 6e-8)])
+def test_subnormal_scores_keep_their_order_where_they_are_flushed(dtype, step, backend):
+    scores = (torch.arange(1, 33).double() * step).to(dtype)
+    for flush in (False, True):
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this CPU cannot flush subnormal numbers")
+        found = ck.segmented_topk(scores, 3)
+        torch.set_flush_denormal(False)
+        assert found.tolist() == [29, 30, 31]
+
+
 def test_status_and_check(backend):
     frames = torch.tensor([0.0, 1.0, 2.0, 3.0])
     tokens = torch.randn(4, 6)

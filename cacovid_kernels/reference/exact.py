@@ -36,7 +36,8 @@ def from_fixed(x: Tensor) -> Tensor:
 
 def order_key(scores: Tensor) -> Tensor:
     """int64 in [0, 2^32), larger = ranked earlier: finite by value (-0 = +0), then -inf, then every NaN as 0."""
-    bits = (scores.float() + 0.0).contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    bits = scores.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    bits = torch.where(bits == 0x80000000, 0, bits)  # -0; adding 0 instead may flush subnormal scores to zero
     key = torch.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return torch.where(torch.isnan(scores), 0, key)
 

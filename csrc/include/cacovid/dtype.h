@@ -49,10 +49,13 @@ struct f16_t {
 inline __attribute__((always_inline)) float load_float(f16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  // Shift the exponent from bias 15 to 127 by a product: exact for subnormals too.
-  const uint32_t finite = float_to_bits(bits_to_float(magnitude) * 5.192296858534828e33f);  // 2^112
-  const uint32_t special = magnitude | 0x7f800000u;                                         // inf and NaN
-  return bits_to_float(sign | ((x.bits & 0x7c00u) == 0x7c00u ? special : finite));
+  // Shift the exponent from bias 15 to 127. A subnormal joins 2^-14 and leaves it again: no operand is subnormal
+  // as a float, so that a thread which flushes those to zero reads the same.
+  const uint32_t normal = magnitude + 0x38000000u;
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + 0x38800000u) - 6.103515625e-05f);
+  const uint32_t special = magnitude | 0x7f800000u;  // inf and NaN
+  const uint32_t finite = magnitude < 0x00800000u ? subnormal : normal;
+  return bits_to_float(sign | (magnitude < 0x0f800000u ? finite : special));
 }
 
 }  // namespace cacovid

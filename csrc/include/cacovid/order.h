@@ -11,7 +11,8 @@ constexpr uint32_t key_posinf = 0xff800000u;
 
 // Larger key = ranked earlier. Monotone in the score; every NaN maps to 0.
 inline __attribute__((always_inline)) uint32_t order_key(float x) {
-  const uint32_t bits = float_to_bits(x + 0.0f);  // -0 + 0 = +0
+  uint32_t bits = float_to_bits(x);
+  bits = bits == 0x80000000u ? 0 : bits;  // -0 = +0; not by adding, which may flush subnormal scores to zero
   const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
   return (bits & 0x7fffffffu) > 0x7f800000u ? key_nan : bits ^ flip;
 }
