@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -35,7 +36,7 @@ class Random {
   }
   // Mostly small, sometimes up to `high`: both ends of a size's range are met.
   int64_t size(int64_t low, int64_t high) {
-    const int64_t reach = low + static_cast<int64_t>(static_cast<double>(high - low) * std::pow(real(), 3.0));
+    const int64_t reach = low + static_cast<int64_t>(static_cast<double>(high - low) * std::pow(real(), 2.0));
     return range(low, reach);
   }
 
@@ -208,30 +209,34 @@ inline void draw_value(Random& random, char* at, DType dtype, Values values) {
   store_value(at, dtype, x);
 }
 
-// A tensor with memory of its own. Strides are contiguous, permuted, spread out or zero.
+// How a tensor lies in memory: `distinct` permutes and spreads its axes, `any` also repeats some with stride 0.
+enum class Strides { contiguous, distinct, any };
+
+// A tensor with memory of its own.
 struct RandomTensor {
   Tensor view;
   Memory memory;
 
   RandomTensor() = default;
-  RandomTensor(Random& random, DType dtype, const std::vector<int64_t>& sizes, Values values, bool contiguous = false) {
+  RandomTensor(Random& random, DType dtype, const std::vector<int64_t>& sizes, Values values,
+               Strides strides = Strides::any) {
     const int ndim = static_cast<int>(sizes.size());
     const int64_t item = item_size(dtype);
     view.dtype = dtype;
     view.ndim = ndim;
     std::vector<int> order;  // axes from the innermost in memory outwards
     for (int d = ndim - 1; d >= 0; --d) order.push_back(d);
-    contiguous = contiguous || random.chance(40);
-    if (!contiguous && random.chance(50)) {
+    if (random.chance(40)) strides = Strides::contiguous;
+    const bool spread = strides != Strides::contiguous;
+    if (spread && random.chance(50)) {
       for (int d = ndim - 1; d > 0; --d) std::swap(order[d], order[random.range(0, d)]);
     }
-    int64_t stride = contiguous || random.chance(60) ? 1 : random.range(2, 5), last = 0, numel = 1;
+    int64_t stride = spread && random.chance(40) ? random.range(2, 5) : 1, last = 0, numel = 1;
     for (const int d : order) {
       view.sizes[d] = sizes[d];
-      view.strides[d] = !contiguous && random.chance(8) ? 0 : stride;
-      if (view.strides[d] > 0) stride *= sizes[d];
-      if (!contiguous && random.chance(30)) stride += random.range(1, 3);
-      stride = std::max<int64_t>(stride, 1);
+      view.strides[d] = strides == Strides::any && random.chance(8) ? 0 : stride;
+      if (view.strides[d] > 0) stride = std::max<int64_t>(stride * sizes[d], 1);
+      if (spread && random.chance(30)) stride += random.range(1, 3);
       last += (sizes[d] - 1) * view.strides[d];
       numel *= sizes[d];
     }

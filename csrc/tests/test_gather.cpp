@@ -79,7 +79,7 @@ TEST(gathers_large_results) {
   repeat(slowdown * 6, [](Random& random) {
     const int64_t width = random.pick({1024, 1024, 1000, 1056, 3}) * 2, n = random.range(200, 400);
     const int64_t kept = (10 << 20) / width, offset = random.pick({0, 0, 0, 2, 32});
-    const RandomTensor x(random, DType::bf16, {n, width / 2}, Values::bits, true);
+    const RandomTensor x(random, DType::bf16, {n, width / 2}, Values::bits, Strides::contiguous);
     const Output<int64_t> index = random_index(random, kept, n);
     const Memory memory(kept * width + 64 + offset, Memory::heap);
     char* target = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) + offset;
@@ -141,7 +141,7 @@ TEST(scatters_as_ordered_sums) {
       const DType dtype = random.pick({DType::f32, DType::bf16, DType::f16, DType::f64});
       sums.push_back({random.size(0, 4), random.chance(80) ? tokens : random.size(0, 40), random.size(0, 40)});
       const Ints sizes = {sums.back().outer, kept, sums.back().columns};
-      owners.emplace_back(random, dtype, sizes, random_values(random), true);
+      owners.emplace_back(random, dtype, sizes, random_values(random), Strides::contiguous);
       grads.push_back(owners.back().view);
       expected.push_back(naive_scatter(owners.back(), sums.back(), index, kept));
     }
@@ -162,7 +162,7 @@ TEST(scatters_wide_rows) {
   repeat(20, [](Random& random) {
     const int64_t kept = 9, columns = random.range(500, 1600);
     const cpu::RowSum sum = {1, 4, columns};
-    const RandomTensor grad(random, random_score_type(random), {1, kept, columns}, Values::plain, true);
+    const RandomTensor grad(random, random_score_type(random), {1, kept, columns}, Values::plain, Strides::contiguous);
     const Output<int64_t> index = random_index(random, kept, 4);
     const Output<char> out(random, 4 * columns * item_size(grad.view.dtype), item_size(grad.view.dtype));
     void* const targets[] = {out.data()};

@@ -4,6 +4,7 @@
 #include "cacovid/budget.h"
 #include "cacovid/order.h"
 #include "data.h"
+#include "select_calls.h"
 
 namespace cacovid::test {
 namespace {
@@ -125,63 +126,11 @@ Chosen naive_select(const RandomTensor& tokens, const RandomTensor* frames, cons
   return result;
 }
 
-// ---- random calls -------------------------------------------------------------------------------
-
-struct Call {
-  std::vector<BudgetPlan> plans;
-  int64_t frames = 0, tokens = 0, kept = 0;
-  RandomTensor token_scores, frame_scores;
-  bool with_frames;
-
-  Call(Random& random, bool hostile) {
-    const int64_t videos = random.chance(4) ? 0 : random.size(1, 5);
-    const int shape = static_cast<int>(random.range(1, 3));
-    int64_t t = random.size(1, 40), h = random.size(1, 16), w = random.size(1, 16);
-    const auto ratio = [&] { return hostile && random.chance(40) ? hostile_number(random) : random.real(); };
-    BudgetOptions options = {1.0, random.pick({0.0, 0.5, 1.0, ratio()}), 1.0, random.chance(50), random.chance(70)};
-    if (hostile && random.chance(30)) options.importance_ratio = hostile_number(random);
-    for (int64_t v = 0; v < (shape == 2 ? std::min<int64_t>(videos, 1) : videos); ++v) {
-      if (shape == 1) t = random.size(1, 40), h = random.size(1, 16), w = random.size(1, 16);
-      options.keep_ratio = random.chance(10) ? 1.0 : std::max(ratio(), 1e-3);
-      options.max_frame_ratio = random.chance(60) ? 1.5 * options.keep_ratio : hostile ? ratio() : 0.01 + random.real();
-      const bool by_ratio = random.chance(60) && options.keep_ratio <= 1.0;
-      const double all = static_cast<double>(t * h * w);
-      int64_t keep = by_ratio ? static_cast<int64_t>(options.keep_ratio * all) : random.range(0, t * h * w);
-      if (!by_ratio && !hostile) options.keep_ratio = std::max(static_cast<double>(keep), 1.0) / all;
-      plans.push_back(plan_budget(t, h, w, std::max<int64_t>(keep, 0), options));
-      frames += t;
-      tokens += t * h * w;
-      kept += plans.back().num_keep;
-    }
-    const int64_t count = static_cast<int64_t>(plans.size());
-    const DType token_type = random_score_type(random);
-    const Values values = random_values(random);
-    if (shape == 3 && count > 0)
-      token_scores = RandomTensor(random, token_type, {count, t, h * w}, values);
-    else if (shape == 2 && count > 0)
-      token_scores = RandomTensor(random, token_type, {t, h * w}, values);
-    else
-      token_scores = RandomTensor(random, token_type, {tokens}, values);
-    with_frames = random.chance(75);
-    if (!with_frames) return;
-    const bool dense = shape == 3 && random.chance(50);
-    frame_scores =
-        RandomTensor(random, random_score_type(random), dense ? Ints{count, t} : Ints{frames}, random_values(random));
-  }
-
-  static double hostile_number(Random& random) {
-    constexpr double inf = std::numeric_limits<double>::infinity();
-    return random.pick({0.0, -1.0, 1e-300, 5e-324, 1e17, 1e300, -1e300, inf, -inf, std::nan(""), 2.0, 1.0 + 1e-15});
-  }
-  cpu::Videos videos() const { return {plans.data(), static_cast<int64_t>(plans.size())}; }
-  Tensor frame_view() const { return with_frames ? frame_scores.view : Tensor{}; }
-};
-
 // ---- tests --------------------------------------------------------------------------------------
 
 TEST(selects_as_the_naive_implementation) {
   repeat(4000, [](Random& random) {
-    const Call call(random, false);
+    const SelectCall call(random, false);
     const bool by_score = random.chance(50);
     const Chosen expected =
         naive_select(call.token_scores, call.with_frames ? &call.frame_scores : nullptr, call.plans, by_score);
@@ -199,7 +148,7 @@ TEST(selects_as_the_naive_implementation) {
 
 TEST(allocates_as_one_token_at_a_time) {
   repeat(6000, [](Random& random) {
-    const Call call(random, false);
+    const SelectCall call(random, false);
     const Output<int64_t> counts(random, call.frames);
     const Output<int32_t> status(random, call.videos().count);
     cpu::allocate_budget(call.frame_view(), call.videos(), counts, status);
@@ -217,7 +166,7 @@ TEST(allocates_as_one_token_at_a_time) {
 // Whatever the ratios: every budget is kept exactly, and every index is inside its video, once.
 TEST(survives_any_ratio) {
   repeat(6000, [](Random& random) {
-    const Call call(random, true);
+    const SelectCall call(random, true);
     const Output<int64_t> indices(random, call.kept), counts(random, call.frames);
     const Output<int32_t> status(random, call.videos().count);
     cpu::select_tokens(call.token_scores.view, call.frame_view(), call.videos(), false, 2, indices, counts, status);

@@ -1,0 +1,141 @@
+#include "repack_calls.h"
+
+namespace cacovid::test {
+namespace {
+
+// One row: copied, or rotated in pairs with every product and sum rounded to float32 (float64 for f64).
+void naive_row(const RandomTensor& x, int64_t row, const cpu::KeptRows& k, bool rotated, const float* cos,
+               const float* sin, std::vector<char>& out) {
+  const int64_t columns = x.view.sizes[3], item = item_size(x.view.dtype);
+  for (int64_t c = 0; c < columns; ++c) {
+    const char* at = x.at(row * columns + c);
+    char bytes[8];
+    std::memcpy(bytes, at, static_cast<size_t>(item));
+    if (rotated && c < 2 * k.half) {
+      const int64_t j = c % k.half;
+      const double own = x.value(row * columns + c), other = x.value(row * columns + (c + k.half) % (2 * k.half));
+      const double turn = c < k.half ? -static_cast<double>(sin[j]) : static_cast<double>(sin[j]);
+      if (x.view.dtype == DType::f64) {
+        store_value(bytes, DType::f64, own * static_cast<double>(cos[j]) + other * turn);
+      } else {
+        const float stay = static_cast<float>(own) * cos[j],
+                    come = static_cast<float>(other) * static_cast<float>(turn);
+        store_value(bytes, x.view.dtype, static_cast<double>(stay + come));
+      }
+    }
+    out.insert(out.end(), bytes, bytes + item);
+  }
+}
+
+// The kept rows of all heads, one after another.
+std::vector<char> naive_rows(const RepackCall& call, size_t t) {
+  const cpu::CacheTensor& tensor = call.tensors[t];
+  const cpu::KeptRows& k = call.kept[tensor.kept].rows;
+  const int64_t columns = tensor.x.sizes[3], item = item_size(tensor.x.dtype);
+  std::vector<char> out;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    for (int64_t h = 0; h < call.heads; ++h) {
+      const int64_t head = b * call.heads + h;
+      const int64_t count = k.cu_seqlens ? k.cu_seqlens[head + 1] - k.cu_seqlens[head] : k.per_head;
+      const int64_t list = k.cu_seqlens ? k.cu_seqlens[head] : (b * k.batch_step + h * k.head_step) * k.per_head;
+      const int64_t table =
+          k.cu_seqlens ? k.cu_seqlens[head] : (b * k.table_batch_step + h * k.table_head_step) * k.per_head;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t position = k.index[list + i];
+        if (position < 0 || position >= call.n) {
+          out.insert(out.end(), static_cast<size_t>(columns * item), 0);
+          continue;
+        }
+        naive_row(call.caches[t], head * call.n + position, k, tensor.rotated, k.cos + (table + i) * k.half,
+                  k.sin + (table + i) * k.half, out);
+      }
+    }
+  }
+  return out;
+}
+
+// What the tensor's memory, or the target, must hold afterwards.
+std::vector<char> naive_memory(const RepackCall& call, size_t t) {
+  const cpu::CacheTensor& tensor = call.tensors[t];
+  const RandomTensor& x = call.caches[t];
+  std::vector<char> rows = naive_rows(call, t);
+  if (tensor.placement == cpu::Placement::elsewhere) return rows;
+  std::vector<char> memory(x.memory.data(), x.memory.data() + x.memory.bytes());
+  if (tensor.placement == cpu::Placement::in_front) {
+    std::copy(rows.begin(), rows.end(), memory.begin());
+    return memory;
+  }
+  const int64_t columns = tensor.x.sizes[3], item = item_size(tensor.x.dtype);
+  const int64_t kept = call.kept[tensor.kept].rows.per_head;
+  for (int64_t head = 0; head < call.batch * call.heads; ++head) {
+    for (int64_t i = 0; i < (call.zero_tail ? call.n : kept); ++i) {
+      for (int64_t c = 0; c < columns; ++c) {
+        char* to = memory.data() + (x.at((head * call.n + i) * columns + c) - x.memory.data());
+        const char* from = rows.data() + ((head * kept + i) * columns + c) * item;
+        for (int64_t byte = 0; byte < item; ++byte) to[byte] = i < kept ? from[byte] : 0;
+      }
+    }
+  }
+  return memory;
+}
+
+bool same_memory(const char* bytes, const std::vector<char>& expected, DType dtype) {
+  const int64_t item = item_size(dtype);
+  for (size_t i = 0; i < expected.size(); i += static_cast<size_t>(item)) {
+    if (std::memcmp(bytes + i, expected.data() + i, static_cast<size_t>(item)) == 0) continue;
+    if (!is_floating(dtype)) return false;
+    const double a = value_of(bytes + i, dtype), b = value_of(expected.data() + i, dtype);
+    if (a == a || b == b) return false;
+  }
+  return true;
+}
+
+TEST(repacks_as_the_naive_implementation) {
+  repeat(5000, [](Random& random) {
+    const RepackCall call(random, false);
+    std::vector<std::vector<char>> expected;
+    for (size_t t = 0; t < call.tensors.size(); ++t) expected.push_back(naive_memory(call, t));
+    for (const int threads : {1, 2, 3, 8}) {
+      call.run(random, threads, [&](size_t t, const char* bytes, int64_t count) {
+        CHECK_EQ(count, static_cast<int64_t>(expected[t].size()));
+        CHECK(same_memory(bytes, expected[t], call.tensors[t].x.dtype));
+      });
+    }
+  });
+}
+
+// Positions that break every rule, in place too: values may be wrong, memory not.
+TEST(survives_any_position) {
+  repeat(3000, [](Random& random) {
+    const RepackCall call(random, true);
+    call.run(random, static_cast<int>(random.range(1, 4)), [](size_t, const char*, int64_t) { CHECK(true); });
+  });
+}
+
+// A cache too large for the processor's own: rows are stored past it.
+TEST(repacks_large_caches) {
+  repeat(4 * slowdown, [](Random& random) {
+    const int64_t heads = 2, n = 10000, columns = random.pick({128, 120}), kept = 9000;
+    const RandomTensor x(random, DType::f32, {1, heads, n, columns}, Values::bits, Strides::contiguous);
+    std::vector<int64_t> index;
+    for (int64_t i = 0; i < kept; ++i) index.push_back(i + i / 10);
+    cpu::KeptRows rows = {};
+    rows.index = index.data();
+    rows.per_head = kept;
+    const Memory memory(heads * kept * columns * 4 + 64, Memory::heap);
+    char* target = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    const cpu::CacheTensor tensor = {x.view, 0, false, cpu::Placement::elsewhere, target};
+    cpu::repack_rows(&tensor, 1, &rows, false, random.chance(50), 2);
+    bool equal = true;
+    for (int64_t r = 0; r < heads * kept; ++r) {
+      const char* from = x.at((r / kept * n + index[r % kept]) * columns);
+      equal = equal && std::memcmp(target + r * columns * 4, from, static_cast<size_t>(columns * 4)) == 0;
+    }
+    CHECK(equal);
+  });
+}
+
+}  // namespace
+}  // namespace cacovid::test
+
+TEST_MAIN
