@@ -87,8 +87,7 @@ def bench_select(race, frames, target, contestant):
     ]
     expected = ours(*inputs[0])
     found = CONTESTANTS[contestant](*inputs[0])
-    if frames < 512:  # beyond, float32 rounding of the frame shares may move a token
-        assert torch.equal(found, expected)
+    assert torch.equal(found, expected)
     race(f"select {frames} x {P}, keep 10%", contestant, CONTESTANTS[contestant], inputs, {"vectorised torch": target})
 
 

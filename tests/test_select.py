@@ -162,6 +162,15 @@ def test_fill_none_keeps_the_ranked_part_only(backend):
     assert torch.equal(ranked.frame_counts, counts)
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this torch does not fuse")
+@pytest.mark.parametrize("tokens", [200 * 196, 400 * 196, 768 * 196, 1000 * 196])
+def test_long_fills_follow_linspace(tokens, backend):
+    """From 400 frames on, whether `end - step * k` is rounded once or twice moves picks."""
+    for count in (tokens // 10, tokens // 10 + 1, 1001):
+        kept = ck.select_tokens(torch.zeros(1, tokens), num_tokens=count, importance_ratio=0.0)
+        assert torch.equal(kept.indices, torch.linspace(0, tokens - 1, count).round().long())
+
+
 def test_importance_zero_is_a_uniform_grid(backend):
     kept = ck.select_tokens(torch.randn(1, 101), keep_ratio=0.11, importance_ratio=0.0)
     assert kept.indices.tolist() == list(range(0, 101, 10))

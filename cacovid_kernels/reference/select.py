@@ -103,7 +103,9 @@ def _fill_ranks(count: int, unranked: int, strict: bool, device: torch.device) -
     if not strict and last < 2**24 and last > gaps * (1.0 + (last + 1.0) * 2.0**-21):
         end = torch.tensor(float(last), dtype=torch.float32, device=device)
         step = end / float(gaps)
-        x = torch.where(j < count // 2, step * j.float(), end - step * (gaps - j).float())
+        # One rounding, like the fused multiply-add that torch's vectorised code has here; exact as float64.
+        down = (end.double() - step.double() * (gaps - j).double()).float()
+        x = torch.where(j < count // 2, step * j.float(), down)
         return torch.round(x).long()
     quotient, twice = j * last // gaps, 2 * (j * last % gaps)
     return quotient + ((twice > gaps) | ((twice == gaps) & (quotient % 2 == 1))).long()

@@ -73,7 +73,8 @@ int64_t naive_rank(const BudgetPlan& p, int64_t j) {
   if (picks <= 1) return 0;
   if (p.float_ranks) {
     const float end = static_cast<float>(last), step = end / static_cast<float>(picks - 1);
-    const float at = j < picks / 2 ? step * static_cast<float>(j) : end - step * static_cast<float>(picks - 1 - j);
+    const float down = std::fma(-step, static_cast<float>(picks - 1 - j), end);
+    const float at = j < picks / 2 ? step * static_cast<float>(j) : down;
     return static_cast<int64_t>(std::nearbyint(at));
   }
   int64_t nearest = j * last / (picks - 1) - 1, gap = last + 2;

@@ -79,8 +79,10 @@ struct UniformFill {
   CACOVID_HD int64_t operator[](int64_t j) const {
     if (count <= 1) return 0;
     if (float_ranks) {
-      const float up = step * static_cast<float>(j), down = last - step * static_cast<float>(count - 1 - j);
-      return static_cast<int64_t>(round_even(static_cast<double>(j < count / 2 ? up : down)));
+      const float up = step * static_cast<float>(j);
+      // One rounding, like the fused multiply-add that torch's vectorised code has here; exact as float64.
+      const double down = static_cast<double>(last) - static_cast<double>(step) * static_cast<double>(count - 1 - j);
+      return static_cast<int64_t>(round_even(static_cast<double>(j < count / 2 ? up : static_cast<float>(down))));
     }
     const int64_t numerator = j * (unranked - 1), denominator = count - 1;
     const int64_t quotient = numerator / denominator, twice = 2 * (numerator % denominator);
