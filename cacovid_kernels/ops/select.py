@@ -106,7 +106,7 @@ def allocate_budget(
     Example:
         >>> import torch, cacovid_kernels as ck
         >>> ck.allocate_budget(torch.tensor([0.0, 1.0, 2.0, 3.0]), [(4, 4, 4)], keep_ratio=0.25)
-        tensor([1, 1, 3, 3])
+        tensor([2, 1, 2, 3])
 
     Source: CaCoVID (arXiv 2602.01649), published `sample_token_eval`.
     """
