@@ -73,11 +73,18 @@ void scatter_rows(const py::sequence& grads, py::handle index, const std::vector
                     threads, targets.data());
 }
 
+void expect_writes(py::handle tensor) {
+  const Tensor t = to_tensor(tensor, "tensor");
+  check(t.contiguous(), "tensor must be contiguous");
+  cpu::expect_writes(t.data, t.numel() * item_size(t.dtype));
+}
+
 }  // namespace
 
 void bind_gather(py::module_& m) {
   m.def("gather_rows", &gather_rows);
   m.def("scatter_rows", &scatter_rows);
+  m.def("expect_writes", &expect_writes);
 }
 
 }  // namespace cacovid::python

@@ -481,6 +481,20 @@ def test_errors(cache):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_is_read_on_the_host(inplace):
+    """On meta tensors every host read is an error, inside an op too, where no dispatch mode looks."""
+    with ck.use_backend("reference"):
+        kept = ck.select_tokens(torch.zeros(2, 12, device="meta"), keep_ratio=0.4)
+        ragged = ck.RaggedKeep.from_mask(torch.zeros(2, 3, 24, dtype=torch.bool, device="meta"), 20)
+        cache = [torch.zeros(2, 3, 24, 16, device="meta") for _ in range(2)]
+        rope = ck.Rope(INV_FREQ, torch.arange(24))
+        (keys,), _ = ck.repack_kv(cache, kept, rope=rope, inplace=inplace)
+        assert keys.shape == (2, 3, 9, 16)
+        packed = ck.repack_kv(cache, ragged, rope=rope, inplace=inplace)
+        assert packed.keys[0].shape == (20, 16)
+
+
 def low_level_samples():
     torch.manual_seed(0)
     keys, values = [torch.randn(2, 3, 9, 8) for _ in range(2)], [torch.randn(2, 3, 9, 4) for _ in range(2)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cacovid_kernels._bits import as_bits
 from cacovid_kernels.native import CPU, engine, num_threads
+from cacovid_kernels.native._memory import empty_tensors
 
 
 def _flat(index: Tensor) -> Tensor:
@@ -18,11 +19,12 @@ def _flat(index: Tensor) -> Tensor:
 
 
 def gather_rows(xs: list[Tensor], index: Tensor, dims: list[int]) -> list[Tensor]:
-    outs, kept = [], index.shape
+    shapes, kept = [], index.shape
     for x, dim in zip(xs, dims, strict=True):
         shape = list(x.shape)
         shape[dim : dim + 1] = kept
-        outs.append(torch.empty(shape, dtype=x.dtype, device=CPU))
+        shapes.append(shape)
+    outs = empty_tensors(shapes, [x.dtype for x in xs])
     _gather(xs, index, dims, True, outs)
     return outs
 

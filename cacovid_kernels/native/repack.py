@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cacovid_kernels._bits import as_bits
 from cacovid_kernels.native import engine, num_threads
+from cacovid_kernels.native._memory import empty_tensors
 
 
 def repack_rows(
@@ -18,10 +18,11 @@ def repack_rows(
     sin: list[Tensor],
     rotated: list[bool],
 ) -> list[Tensor]:
-    outs = []
+    shapes = []
     for x, j in zip(xs, keep_of, strict=True):
-        shape = (keep[j].shape[0],) if cu_seqlens else (x.shape[0], x.shape[1], keep[j].shape[2])
-        outs.append(torch.empty((*shape, x.shape[3]), dtype=x.dtype))
+        kept = keep[j].shape
+        shapes.append((kept[0], x.shape[3]) if cu_seqlens else (x.shape[0], x.shape[1], kept[2], x.shape[3]))
+    outs = empty_tensors(shapes, [x.dtype for x in xs])
     _repack(xs, keep, cu_seqlens, keep_of, cos, sin, rotated, [0] * len(xs), False, True, outs)
     return outs
 

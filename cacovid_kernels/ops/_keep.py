@@ -59,8 +59,8 @@ def _one(op: str, keep: Any, b: int, h: int, n: int) -> Keep:
         raise TypeError(f"{op}: keep is a {type(keep).__name__}, it must be {_FORMS}.")
     if keep.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: keep must be int64 or int32 (keep: {describe(keep)}). Pass positions, not a mask.")
-    shape = {1: (1, 1), 2: (b, 1), 3: (b, h)}.get(keep.dim())
-    if shape is None or any(s not in (1, full) for s, full in zip(keep.shape[:-1][:2], (b, h), strict=False)):
+    leading = keep.shape[:-1]  # of [B, H]
+    if keep.dim() not in (1, 2, 3) or any(s != 1 and s != (b, h)[axis] for axis, s in enumerate(leading)):
         raise ValueError(
             f"{op}: keep must be [K], [B, K] or [B, H, K] for a cache with B={b} and H={h} (keep: {describe(keep)})."
         )

@@ -12,6 +12,8 @@ from cacovid_kernels.ops._checks import describe
 
 def byte_range(x: Tensor) -> tuple[int, int]:
     """First byte and the byte after the last one that a strided tensor may touch."""
+    if x.is_contiguous():
+        return x.data_ptr(), x.data_ptr() + x.nbytes
     if x.numel() == 0:
         return x.data_ptr(), x.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -24,7 +26,17 @@ def overlaps(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 def has_broadcast_axis(x: Tensor) -> bool:
     """Whether several elements are surely the same memory."""
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    strides = x.stride()
+    return 0 in strides and any(n > 1 and s == 0 for n, s in zip(x.shape, strides, strict=True))
+
+
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd that tensors changed, where a backend was called past the dispatcher."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def check_outputs(op: str, inputs: Sequence[Tensor], shapes: Sequence[Sequence[int]], outs: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cacovid_kernels._library import NAMESPACE, Op, library
 from cacovid_kernels.ops._checks import check_choice, check_same_device, describe
-from cacovid_kernels.ops._overlap import check_outputs
+from cacovid_kernels.ops._overlap import check_outputs, mark_written
 from cacovid_kernels.ops._structure import leaves, name_of, option_of, rebuild
 from cacovid_kernels.selection import Selection
 
@@ -122,7 +122,7 @@ def _token_axis(x: Tensor, path: tuple, shapes: list[tuple[int, ...]]) -> tuple[
     """`x` with its tokens along one axis, and that axis."""
     for shape in shapes:
         for dim in range(x.dim() - len(shape) + 1):
-            if tuple(x.shape[dim : dim + len(shape)]) == shape:
+            if all(x.shape[dim + i] == n for i, n in enumerate(shape)):  # as tuples symbolic sizes would be fixed
                 return x if len(shape) == 1 else x.flatten(dim, dim + len(shape) - 1), dim
     raise ValueError(
         f"{_OP}: no axis of {name_of(path)} has the {shapes[0][0]} tokens of the selection "
@@ -143,7 +143,7 @@ def _sources(selection: Any, tensors: list[tuple[tuple, Tensor]], dim: Any) -> t
         if axis is None and num_tokens is None and x.dim():
             axis = 0  # an index does not say how many tokens there are: the first tensor does
         if axis is None:
-            x, axis = _token_axis(x, path, _token_shapes(selection, num_tokens or 0))
+            x, axis = _token_axis(x, path, _token_shapes(selection, 0 if num_tokens is None else num_tokens))
         elif not -x.dim() <= axis < x.dim():
             raise ValueError(f"{_OP}: dim={axis} is no axis of {name_of(path)} (tensor: {describe(x)}).")
         axis %= max(x.dim(), 1)
@@ -248,8 +248,7 @@ def gather_tokens(
         check_outputs(_OP, [x for _, x in found], shapes, results)
         if xs:
             _gather_rows_out(xs, index, dims, results)
-            if not torch.compiler.is_compiling():
-                torch.autograd.graph.increment_version(results)
+            mark_written(results)
     for i, (path, _) in enumerate(found):
         value = option_of(pad_value, path, 0)
         if value != 0:

@@ -13,7 +13,7 @@ from cacovid_kernels.kv import PackedKV, RaggedKeep, Rope
 from cacovid_kernels.ops._cache import Cache, read_cache
 from cacovid_kernels.ops._checks import describe
 from cacovid_kernels.ops._keep import keeps_of
-from cacovid_kernels.ops._overlap import byte_range, has_broadcast_axis, overlaps
+from cacovid_kernels.ops._overlap import byte_range, has_broadcast_axis, mark_written, overlaps
 from cacovid_kernels.ops._rope import tables
 from cacovid_kernels.reference.repack import IN_FRONT, IN_HEADS
 
@@ -88,14 +88,13 @@ def _in_place(cache: Cache, xs: list[Tensor], release: bool, ragged: bool, lists
     for x, j in zip(xs, keep_of, strict=True):
         if not ragged and keep[j].shape[2] > x.shape[2]:
             raise ValueError(f"{_OP}: in place a head holds at most N={x.shape[2]} rows, keep has {keep[j].shape[2]}.")
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not xs[0].is_meta:
         _check_in_place(xs, placements)
         if release:
             _check_release(xs)
     with torch.no_grad():
         _repack_rows_(xs, *lists, placements, cache.static)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
+        mark_written(xs)
         results = []
         for x, j, front in zip(xs, keep_of, fronts, strict=True):
             rows = keep[j].shape[-1]

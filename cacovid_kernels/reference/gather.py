@@ -33,11 +33,7 @@ def _scatter(grad: Tensor, index: Tensor, n: int, dim: int) -> Tensor:
     """[outer, *index.shape, inner] -> [outer, N, inner]: rows of a token summed in ascending position."""
     flat = index.reshape(-1)
     shape = (*grad.shape[:dim], flat.numel(), *grad.shape[dim + index.dim() :])  # [outer, I, inner]
-    rows = (
-        grad.reshape(shape)
-        .movedim(dim, 0)
-        .to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
-    )
+    rows = grad.reshape(shape).movedim(dim, 0).to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
     target = torch.where((flat < 0) | (flat >= n), n, flat)  # row n collects what is dropped
     sums = rows.new_zeros(n + 1, *rows.shape[1:])
     if grad.device.type == "cpu":

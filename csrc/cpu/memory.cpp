@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include "cacovid/ops.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif

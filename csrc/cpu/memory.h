@@ -9,8 +9,4 @@ namespace cacovid::cpu {
 // line that a store has to read first costs a third of a copy's traffic.
 bool worth_streaming(int64_t bytes);
 
-// Asks for huge pages behind memory that nobody has touched yet: a first touch then costs one fault per
-// 2 MiB, not per 4 KiB, and faults are five sixths of the time of a large copy to fresh memory.
-void expect_writes(void* memory, int64_t bytes);
-
 }  // namespace cacovid::cpu

@@ -63,10 +63,18 @@ inline int64_t lookahead(int64_t row_bytes) {
   return rows < 1 ? 1 : rows > 32 ? 32 : rows;
 }
 
+inline void fetch_row(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(row + at);
+}
+
 template <bool stream>
 void copy_long_rows(const RowCopy& rows, const int64_t* index, int64_t count) {
   const int64_t ahead = lookahead(rows.bytes);
   const uint64_t limit = static_cast<uint64_t>(rows.source_rows);
+  for (int64_t i = 0; i < ahead && i < count; ++i) {
+    const bool inside = static_cast<uint64_t>(index[i]) < limit;
+    if (inside) fetch_row(rows.source + index[i] * rows.source_step, rows.bytes);
+  }
   for (int64_t i = 0; i < count; ++i) {
     char* target = rows.target + i * rows.target_step;
     const int64_t later = index[i + ahead < count ? i + ahead : count - 1];
@@ -153,7 +161,7 @@ void rotate_rows_as(const RowCopy& rows, int64_t columns, int64_t half, const fl
     const T* source = reinterpret_cast<const T*>(rows.source + index[i] * rows.source_step);
     const int64_t later = index[i + ahead < count ? i + ahead : count - 1];
     const char* next = static_cast<uint64_t>(later) < limit ? rows.source + later * rows.source_step : rows.source;
-    for (int64_t at = 0; at < rows.bytes; at += line) __builtin_prefetch(next + at);
+    fetch_row(next, rows.bytes);
     for (int64_t j = 0; j < half; ++j) {
       const auto a = load_sum(source[j]), b = load_sum(source[j + half]);
       store_sum(target + j, a * cos[j] - b * sin[j]);
