@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from cacovid_kernels.reference.exact import exp_exact, from_fixed, ranking, to_fixed
+from cacovid_kernels.reference.exact import from_fixed, ranking, to_fixed
 from cacovid_kernels.reference.random import (
     STREAM_FRAMES,
     STREAM_GROUPS,
     STREAM_TOKENS,
+    exp_float,
     gumbel_noise,
     ln_float,
     random_bits,
@@ -19,18 +20,14 @@ from cacovid_kernels.reference.random import (
 from cacovid_kernels.reference.sample import SHORT, draw, pl_log_prob, row_status
 
 
-def _ranked_exp(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores `[T, P]` -> order by rank, exp(score - best) in that order, number of tokens with a chance `[T]`.
+def _exps(scores: Tensor) -> Tensor:
+    """exp(score - best) of scores `[T, P]`, float32; 0 for -inf and NaN.
 
-    -inf and NaN have none; where a score is +inf, e is 1 for those and 0 for all others.
+    Where a score is +inf, 1 for those and 0 for all others.
     """
-    order = ranking(scores)
-    x = scores.double().gather(-1, order)
-    valid = (x > -math.inf).sum(-1)
-    best = x[:, :1]
-    below = torch.where(best == math.inf, torch.where(x == math.inf, 0.0, -math.inf), x - best)
-    e = torch.where(x > -math.inf, exp_exact(below), 0.0)
-    return order, e, valid
+    x = torch.where(scores > -math.inf, scores.float(), -math.inf)
+    best = x.amax(-1, keepdim=True)
+    return torch.where(best == math.inf, (x == math.inf).float(), exp_float(x - best))
 
 
 def group_starts(tokens: int, groups: int, device: torch.device | None = None) -> Tensor:
@@ -69,36 +66,38 @@ def cap_shares(share: Tensor, count: Tensor, cap: float) -> Tensor:
 
 def combination_space(
     scores: Tensor, num_draw: int, num_groups: int, group_cap: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The distribution that one frame's combinations are drawn from.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The distribution that a frame's combinations are drawn from.
 
     Args:
         scores: `[T, P]`.
 
     Returns:
-        order `[T, P]` by rank, group of every rank `[P]`, probability of every group `[T, G]` float64, weight of
-        every token inside its group `[T, P]` float64, in ranked order; 0 where it has no chance.
+        Group of every token `[T, P]`, probability of every group `[T, G]` float64, weight of every token inside its
+        group `[T, P]` float32, 0 for -inf and NaN.
     """
-    tokens = scores.shape[1]
-    order, e, valid = _ranked_exp(scores)
+    frames, tokens = scores.shape
     starts = group_starts(tokens, num_groups, scores.device)  # [G + 1]
     rank = torch.arange(tokens, device=scores.device)
-    group = torch.searchsorted(starts, rank, right=True) - 1  # [P]
-    fixed = to_fixed(e)
+    of_rank = (torch.searchsorted(starts, rank, right=True) - 1).expand(frames, -1)
+    group = torch.zeros_like(of_rank).scatter(1, ranking(scores), of_rank)  # [T, P]
+    e = _exps(scores)
+    fixed = to_fixed(e.double())
     total = from_fixed(fixed.sum(1, keepdim=True).clamp(min=1))  # [T, 1]
-    share = from_fixed(torch.zeros(len(e), num_groups, dtype=torch.int64, device=e.device).index_add(1, group, fixed))
-    share = share / total  # [T, G]
-    whole = starts[:-1] + num_draw <= valid[:, None]  # [T, G]: the group holds num_draw tokens with a chance
+    inside = torch.zeros(frames, num_groups, dtype=torch.int64, device=e.device).scatter_add(1, group, fixed)
+    share = from_fixed(inside) * (1.0 / total)  # [T, G]
+    chance = scores > -math.inf
+    whole = starts[:-1] + num_draw <= chance.sum(1, keepdim=True)  # [T, G]: num_draw of its tokens have a chance
     probability = cap_shares(share, whole.sum(1).clamp(min=1), group_cap)
-    scaled = e * (1.0 / (total * (share + 1e-8)))[:, group]
-    uniform = 1.0 / float(tokens // num_groups)
-    weight = scaled.clamp(min=0.5 * uniform, max=2.0 * uniform)
-    return order, group, probability, torch.where(rank < valid[:, None], weight, 0.0)
+    scaled = e * (1.0 / (total * (share + 1e-8))).float().gather(1, group)
+    uniform = torch.tensor(1.0 / (tokens // num_groups), device=e.device)
+    weight = torch.minimum(torch.maximum(scaled, 0.5 * uniform), 2.0 * uniform)
+    return group, probability, torch.where(chance, weight, 0.0)
 
 
 def _log_weight(weight: Tensor) -> Tensor:
-    """float32 ln of float64 weights; -inf for 0."""
-    return torch.where(weight > 0, ln_float(weight.float().clamp(min=1e-30)), -math.inf)
+    """ln of float32 weights; -inf for 0."""
+    return torch.where(weight > 0, ln_float(torch.where(weight > 0, weight, 1.0)), -math.inf)
 
 
 def _token_combinations(
@@ -107,15 +106,14 @@ def _token_combinations(
     """One video `[T, P]` -> token in its frame `[S, T, k]` ascending, group `[S, T]`, log_prob `[S, T]`, status."""
     frames, tokens = scores.shape
     device = scores.device
-    order, group, probability, weight = combination_space(scores, num_draw, num_groups, group_cap)
-    valid = (weight > 0).sum(1)
-    frame = torch.arange(frames, device=device)
-    cumulative = torch.round(probability * 2.0**30).long().cumsum(1)  # [T, G]
-    column = frame[:, None] * tokens + order  # [T, P]: who each token is to the generator
+    group, probability, weight = combination_space(scores, num_draw, num_groups, group_cap)
+    frame, token = torch.arange(frames, device=device), torch.arange(tokens, device=device)
     row = torch.full_like(frame, video)
-    rank = torch.arange(tokens, device=device)
-    top = torch.where(rank < valid[:, None], order, tokens)[:, :num_draw]
-    indices = [top.sort(1).values]
+    column = frame[:, None] * tokens + token  # [T, P]: who each token is to the generator
+    cumulative = torch.round(probability * 2.0**30).long().cumsum(1)  # [T, G]
+    best = ranking(scores)[:, :num_draw]
+    best = torch.where(scores.gather(1, best) > -math.inf, best, tokens)
+    indices = [best.sort(1).values]
     groups = [torch.full_like(frame, -1)]
     log_prob = [torch.zeros(frames, device=device)]
     for s in range(1, num_samples):
@@ -125,14 +123,13 @@ def _token_combinations(
         drawn = (cumulative <= threshold[:, None]).sum(1)  # [T]
         member = torch.where(group == drawn[:, None], weight, 0.0)  # [T, P]
         noise = gumbel_noise(random_bits(column, row[:, None], sample[:, None], seed, step, STREAM_TOKENS))
-        ranks = draw(_log_weight(member), noise, num_draw)  # [T, k] in draw order
-        found = torch.where(ranks < 0, tokens, order.gather(1, ranks.clamp(min=0)))
-        indices.append(found.sort(1).values)
+        found = draw(_log_weight(member), noise, num_draw)  # [T, k] in draw order
+        indices.append(torch.where(found < 0, tokens, found).sort(1).values)
         groups.append(drawn)
-        inside = pl_log_prob(member.log(), ranks[None])[0]
+        inside = pl_log_prob(member.double().log(), found[None])[0]
         log_prob.append((probability.gather(1, drawn[:, None])[:, 0].log() + inside).float())
     picked = torch.stack(indices)[:num_samples]
-    status = row_status(scores) | torch.where(valid < num_draw, SHORT, 0).int()
+    status = row_status(scores) | torch.where((weight > 0).sum(1) < num_draw, SHORT, 0).int()
     combined = status[0]
     for bits in status[1:]:
         combined = combined | bits
@@ -144,17 +141,18 @@ def _token_combinations(
     )
 
 
-def frame_weights(scores: Tensor, num_samples: int, strict: bool) -> tuple[Tensor, Tensor]:
-    """Frame scores `[T]` -> order by rank and weights `[T]` float64 in ranked order, 0 where there is no chance."""
-    order, e, valid = _ranked_exp(scores[None])
-    total = from_fixed(to_fixed(e).sum(1, keepdim=True).clamp(min=1))
-    share = e / total
+def frame_weights(scores: Tensor, num_samples: int, strict: bool) -> Tensor:
+    """Frame scores `[T]` -> weights `[T]` float32 that frames are drawn by, 0 for -inf and NaN."""
+    e = _exps(scores[None]).double()
+    share = e * (1.0 / from_fixed(to_fixed(e).sum(1, keepdim=True).clamp(min=1)))  # [1, T]
+    chance = scores > -math.inf
     if strict:
-        weight = cap_shares(share, valid.clamp(min=1), 3.0 / scores.numel())
+        order = ranking(scores)[None]
+        capped = cap_shares(share.gather(1, order), chance.sum()[None].clamp(min=1), 3.0 / scores.numel())
+        weight = torch.zeros_like(share).scatter(1, order, capped)
     else:
         weight = share.clamp(min=1.0 / (num_samples * num_samples))
-    rank = torch.arange(scores.numel(), device=scores.device)
-    return order[0], torch.where(rank < valid[:, None], weight, 0.0)[0]
+    return torch.where(chance, weight[0].float(), 0.0)
 
 
 def _frame_combinations(
@@ -162,19 +160,19 @@ def _frame_combinations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Frame scores `[T]` -> frames `[S, KF]` ascending, log_prob `[S]`, status."""
     frames = scores.numel()
-    order, weight = frame_weights(scores, num_samples, strict)
-    valid = (weight > 0).sum()
-    rank = torch.arange(frames, device=scores.device)
-    row = torch.full_like(rank, video)
-    drawn = [torch.where(rank < valid, rank, -1)[:num_frames]]
+    weight = frame_weights(scores, num_samples, strict)
+    frame = torch.arange(frames, device=scores.device)
+    row = torch.full_like(frame, video)
+    best = ranking(scores)[:num_frames]
+    drawn = [torch.where(scores[best] > -math.inf, best, -1)]
     for s in range(1, num_samples):
-        bits = random_bits(order, row, torch.full_like(rank, s), seed, step, STREAM_FRAMES)
+        bits = random_bits(frame, row, torch.full_like(frame, s), seed, step, STREAM_FRAMES)
         drawn.append(draw(_log_weight(weight), gumbel_noise(bits), num_frames))
-    ranks = torch.stack(drawn)  # [S, KF]
-    picked = torch.where(ranks < 0, frames, order[ranks.clamp(min=0)]).sort(1).values
-    log_prob = pl_log_prob(weight.log()[None], ranks[:, None])[:, 0].float()
+    found = torch.stack(drawn)  # [S, KF] in draw order
+    log_prob = pl_log_prob(weight.double().log()[None], found[:, None])[:, 0].float()
     log_prob[0] = 0.0
-    status = row_status(scores) | torch.where(valid < num_frames, SHORT, 0).int()
+    picked = torch.where(found < 0, frames, found).sort(1).values
+    status = row_status(scores) | torch.where((weight > 0).sum() < num_frames, SHORT, 0).int()
     return torch.where(picked == frames, -1, picked), log_prob, status
 
 

@@ -21,6 +21,8 @@ _LN_1P = (
     -0.5,
 )
 
+_EXP = (0.008368662558495998, 0.041668254882097244, 0.1666652113199234, 0.4999999403953552)
+
 
 def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
     """Philox4x32-10: four counter words, int64 in [0, 2^32), and a 64-bit seed to four random words."""
@@ -72,6 +74,21 @@ def ln_float(x: Tensor) -> Tensor:
     """ln(x) of positive normal float32 values, to about one unit in the last place."""
     exponent, mantissa = _split_exponent(x)
     return fma(exponent.float(), 0.69314718056, _ln_1p_core(mantissa - 1.0))
+
+
+def exp_float(x: Tensor) -> Tensor:
+    """e^x of float32 values <= 0, relative error below 1.1e-7; 0 below -87 and for NaN."""
+    tiny = ~(x >= -87.0)
+    x = torch.where(tiny, 0.0, x)
+    shifted = fma(x, 1.44269504, 12582912.0)  # 1.5 * 2^23: the integer part of x / ln 2 is in the low bits
+    n = shifted - 12582912.0
+    r = fma(n, -3.194618329871446e-05, fma(n, -0.693115234375, x))
+    q = torch.full_like(r, 0.001382146612741053)
+    for coefficient in _EXP:
+        q = fma(q, r, coefficient)
+    p = fma(q, r * r, r) + 1.0
+    scaled = (p.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
+    return torch.where(tiny, 0.0, scaled)
 
 
 def gumbel_noise(bits: Tensor) -> Tensor:

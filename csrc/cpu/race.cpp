@@ -44,6 +44,8 @@ void rank_by_sorting(const uint32_t* keys, int64_t n, uint32_t* order) {
   for (int64_t r = 0; r < n; ++r) order[r] = rank_index(words[r]);
 }
 
+void sort_ascending(uint32_t* words, int64_t n) { std::sort(words, words + n); }
+
 int64_t count_valid(const uint32_t* keys, int64_t n) {
   int64_t valid = 0;
   for (int64_t i = 0; i < n; ++i) valid += keys[i] > key_neginf;

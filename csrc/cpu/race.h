@@ -19,6 +19,8 @@ const uint32_t* position_columns(int64_t n);
 // Positions of n keys by falling key, the lower position first among equals.
 void rank_by_sorting(const uint32_t* keys, int64_t n, uint32_t* order);
 
+void sort_ascending(uint32_t* words, int64_t n);
+
 int64_t count_valid(const uint32_t* keys, int64_t n);
 
 // Draws `count` <= batch_rows samples, the first with `stream_sample`, the next with one more, and so on.

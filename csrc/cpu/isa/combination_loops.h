@@ -7,21 +7,27 @@
 
 namespace cacovid::cpu {
 
-constexpr int64_t most_slots = 16;  // tokens of a group that small_draws can hold
+constexpr int64_t slot_block = 16;  // small_draws serves groups of at most this many tokens
 
-// The distribution that one frame's combinations are drawn from; tokens in ranked order, -inf and NaN last.
-// Arrays of tokens hold padded(P) + most_slots, arrays of groups padded(G).
+// Slots of every group: 8 or a multiple of 16.
+constexpr int64_t group_width(int64_t largest_group) {
+  return largest_group <= 8 ? 8 : (largest_group + slot_block - 1) / slot_block * slot_block;
+}
+
+// The distribution that one frame's combinations are drawn from. Group g has the slots [g * width, (g + 1) * width):
+// its tokens, ascending, then slots without a token. Weight is 0 and log_weight -inf there, as it is for tokens
+// without a chance (-inf and NaN). Arrays of slots are padded to a multiple of 16, and so are those of groups.
 struct FrameSpace {
-  uint32_t* order;       // token in the frame
-  double* weight;        // inside its group; 0 without a chance
-  float* slot_weight;    // the same in float32
-  float* log_weight;     // -inf without a chance
-  double* share;         // probability of every group that can be drawn
-  float* log_share;
-  uint32_t* cumulative;  // running sums of the share weights; groups beyond `open` repeat the total
-  const uint32_t* start; // [G + 1] rank of each group's first token, given
-  double* exps;          // scratch
+  int64_t width;
+  uint32_t* order;       // [P + width] tokens by rank
+  uint32_t* token;       // [G * width] token in the frame
+  float* weight;         // inside the group
+  float* log_weight;
+  float* exps;           // scratch
   int64_t* fixed;        // scratch
+  double* share;         // [G] probability of every group that can be drawn, then 0
+  float* log_share;
+  uint32_t* cumulative;  // running sums of the share weights
   int64_t open;          // groups that can be drawn
   int64_t valid;         // tokens that have a chance
 };
@@ -41,14 +47,17 @@ struct FrameDraws {
 };
 
 struct CombinationLoops {
+  // exp(score - best) of n scores; where best is +inf, 1 for those and 0 for all others. `exps` may be `scores`.
+  void (*exps)(const float* scores, int64_t n, float best, float* exps);
+
   // The distribution of a frame from its keys.
   void (*prepare)(const KeyRow& keys, const CombinationPlan& plan, FrameSpace& space);
 
-  // Group of each of the draws, int32 [count].
+  // Group of each of the draws, int32 [count] padded to 16.
   void (*draw_groups)(const FrameSpace& space, const FrameDraws& draws, int32_t* groups);
 
-  // Tokens, group and log-probability of each of the draws, for groups of at most most_slots tokens that all hold
-  // num_draw with a chance.
+  // Tokens, group and log-probability of each of the draws, for groups of at most slot_block tokens, of which
+  // num_draw have a chance.
   void (*small_draws)(const FrameSpace& space, const CombinationPlan& plan, const FrameDraws& draws,
                       const int32_t* groups);
 };

@@ -23,8 +23,8 @@ struct NoiseLoops {
   // e^(x - top) for x <= top; 0 for -inf and NaN.
   void (*exp_below)(const double* x, int64_t n, double top, double* e);
 
-  // ln of n positive weights, rounded to float32 first; -inf where a weight is 0.
-  void (*log_weights)(const double* weights, int64_t n, float* logs);
+  // ln of n weights, each 0 (-inf) or a positive normal number. `logs` may be `weights`.
+  void (*log_weights)(const float* weights, int64_t n, float* logs);
 
   // The sum of n doubles, always added in the same order.
   double (*sum)(const double* x, int64_t n);

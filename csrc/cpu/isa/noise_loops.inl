@@ -34,9 +34,9 @@ inline __attribute__((always_inline)) Wide multiply_low(Wide a, Wide b) {
 
 constexpr int noise_block = 16;
 
-// random_bits of `noise_block` elements of a row.
-inline void random_block(const uint32_t* columns, const uint32_t* stream_samples, const NoiseRow& row,
-                         uint32_t* bits) {
+// random_bits of `noise_block` elements of a row. Inlined, so that a loop computes what the row alone decides once.
+inline __attribute__((always_inline)) void random_block(const uint32_t* columns, const uint32_t* stream_samples,
+                                                        const NoiseRow& row, uint32_t* bits) {
   constexpr int parts = noise_block / wide_lanes;
   Wide c0[parts], c1[parts], c2[parts], c3[parts];
   for (int p = 0; p < parts; ++p) {
@@ -103,11 +103,10 @@ void exp_below(const double* x, int64_t n, double top, double* e) {
   for (int64_t i = 0; i < n; ++i) e[i] = exp_exact(x[i] - top);
 }
 
-void log_weights(const double* weights, int64_t n, float* logs) {
+void log_weights(const float* weights, int64_t n, float* logs) {
   for (int64_t i = 0; i < n; ++i) {
-    const float weight = static_cast<float>(weights[i]);
-    const float log = ln_float(weight > 0.0f ? weight : 1.0f);
-    logs[i] = weight > 0.0f ? log : -__builtin_inff();
+    const float log = ln_float(weights[i] > 0.0f ? weights[i] : 1.0f);
+    logs[i] = weights[i] > 0.0f ? log : -__builtin_inff();
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // A frame's tokens, ranked by score, fall into groups of nearly equal size. A group is drawn by its share of the
 // softmax, floored and capped; then tokens inside it, without replacement, by weights within [1/2, 2] of uniform.
-// Real numbers are float64 in the manner of exact.h, so that every backend draws the same.
+// What concerns tokens is float32 in the manner of gumbel.h, what concerns groups float64 in that of exact.h, sums
+// are in fixed point: every backend draws the same.
 #pragma once
 
 #include "cacovid/exact.h"
@@ -39,7 +40,8 @@ CACOVID_HD int64_t open_groups(const CombinationPlan& p, int64_t valid) {
 
 // Shares (of 1) that never rise from the first to the last become probabilities: none exceeds `cap` or falls below
 // 1/n^2 of what is left for it. The largest is cut to the cap, the others are normalised again, and so on.
-CACOVID_HD void cap_shares(double* share, int64_t n, double cap) {
+// `size` >= n shares are read and written, so that it can be what a vector loop likes; the rest become 0.
+CACOVID_HD void cap_shares(double* share, int64_t n, double cap, int64_t size) {
   const double feasible = 1.0 / static_cast<double>(n), floor = feasible * feasible;
   cap = cap > feasible ? cap : feasible;
   double rest = 1.0, norm = 1.0;  // shares from `first` on are share / norm of rest
@@ -47,9 +49,12 @@ CACOVID_HD void cap_shares(double* share, int64_t n, double cap) {
   for (;; ++first) {
     const double least = floor * norm;
     int64_t total = 0;
-    for (int64_t i = first; i < n; ++i) {
-      share[i] = share[i] > least ? share[i] : least;
-      total += to_fixed(share[i]);
+    for (int64_t i = 0; i < size; ++i) {
+      const double raised = share[i] > least ? share[i] : least;
+      const int64_t fixed = to_fixed(raised);
+      const bool racing = i >= first && i < n;
+      share[i] = racing ? raised : share[i];
+      total += racing ? fixed : 0;
     }
     norm = from_fixed(total);
     cap = cap < 0.999 ? cap : 0.999;
@@ -59,7 +64,7 @@ CACOVID_HD void cap_shares(double* share, int64_t n, double cap) {
     cap = cap / (1.0 - cap);
   }
   const double scale = rest / norm;
-  for (int64_t i = first; i < n; ++i) share[i] = share[i] * scale;
+  for (int64_t i = 0; i < size; ++i) share[i] = i < first ? share[i] : i < n ? share[i] * scale : 0.0;
 }
 
 // Shares as integers, and the one that 32 random bits fall on: the first whose running sum exceeds the threshold.
@@ -68,13 +73,13 @@ CACOVID_HD int64_t share_threshold(uint32_t bits, int64_t total) {
   return static_cast<int64_t>(static_cast<uint64_t>(bits) * static_cast<uint64_t>(total) >> 32);
 }
 
-// A token's weight inside its group is e * weight_scale, clamped: the published p / (p_group + 1e-8), where
-// p = e / total and e = exp(score - best score of the frame).
-CACOVID_HD double weight_scale(double group_share, double total) { return 1.0 / (total * (group_share + 1e-8)); }
-CACOVID_HD double token_weight(double scaled, const CombinationPlan& p) {
-  const double uniform = 1.0 / static_cast<double>(p.tokens_per_frame / p.num_groups);
-  const double least = 0.5 * uniform, most = 2.0 * uniform;
-  return scaled < least ? least : scaled > most ? most : scaled;
+// A token's weight inside its group is e * weight_scale, clamped to [1/2, 2] of uniform: the published
+// p / (p_group + 1e-8), where p = e / total and e = exp(score - best score of the frame).
+CACOVID_HD float weight_scale(double group_share, double total) {
+  return static_cast<float>(1.0 / (total * (group_share + 1e-8)));
+}
+CACOVID_HD float uniform_weight(const CombinationPlan& p) {
+  return static_cast<float>(1.0 / static_cast<double>(p.tokens_per_frame / p.num_groups));
 }
 
 }  // namespace cacovid

@@ -67,6 +67,24 @@ CACOVID_HD float ln_float(float x) {
   return fma_exact(static_cast<float>(exponent), 0.69314718056f, ln_1p_core(mantissa - 1.0f));
 }
 
+// e^x for x <= 0, relative error below 1.1e-7; 0 below -87 and for NaN. x = n ln 2 + r, e^r = 1 + r + r^2 q(r).
+CACOVID_HD float exp_float(float x) {
+  const bool tiny = !(x >= -87.0f);
+  x = tiny ? 0.0f : x;
+  const float shifted = fma_exact(x, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: n is in the low bits
+  const float n = shifted - 12582912.0f;
+  float r = fma_exact(n, -0.693115234375f, x);  // ln 2, leading 12 bits: the product is exact
+  r = fma_exact(n, -3.194618329871446e-05f, r);
+  float q = 0.001382146612741053f;
+  q = fma_exact(q, r, 0.008368662558495998f);
+  q = fma_exact(q, r, 0.041668254882097244f);
+  q = fma_exact(q, r, 0.1666652113199234f);
+  q = fma_exact(q, r, 0.4999999403953552f);
+  const float p = fma_exact(q, r * r, r) + 1.0f;
+  const float scaled = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  return tiny ? 0.0f : scaled;
+}
+
 // Standard Gumbel noise of 32 random bits; falls as the bits rise.
 CACOVID_HD float gumbel_noise(uint32_t bits) {
   bits = bits < 0xFFFFFEFFu ? bits : 0xFFFFFEFFu;  // the last 256 would round v to 1
