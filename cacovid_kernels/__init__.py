@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from cacovid_kernels._backend import backends, use_backend
+from cacovid_kernels.combinations import Combinations
 from cacovid_kernels.kv import PackedKV, RaggedKeep, Rope
+from cacovid_kernels.ops.combinations import sample_combinations
 from cacovid_kernels.ops.gather import gather_tokens
 from cacovid_kernels.ops.repack import repack_kv
 from cacovid_kernels.ops.sample import GumbelSample, gumbel_topk, pl_log_prob
@@ -15,6 +17,7 @@ from cacovid_kernels.selection import Selection, Status
 __version__ = "0.1.0"
 
 __all__ = [
+    "Combinations",
     "CompressionPolicy",
     "GumbelSample",
     "PackedKV",
@@ -30,6 +33,7 @@ __all__ = [
     "gumbel_topk",
     "pl_log_prob",
     "repack_kv",
+    "sample_combinations",
     "score_tokens",
     "segmented_topk",
     "select_tokens",

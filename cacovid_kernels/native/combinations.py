@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cacovid_kernels.native import engine, num_threads
+from cacovid_kernels.native import CPU, engine, num_threads
 
 
 def sample_combinations(
@@ -25,12 +25,12 @@ def sample_combinations(
     counts = grid_thw[::3]
     frames = sum(counts)
     drawn = sum(t * k for t, k in zip(counts, num_draw, strict=True))
-    indices = torch.empty(num_samples, drawn, dtype=torch.int64)
-    groups = torch.empty(num_samples, frames, dtype=torch.int64)
-    log_prob = torch.empty(num_samples, frames)
-    frame_indices = torch.empty(num_frame_samples, sum(num_frames), dtype=torch.int64)
-    frame_log_prob = torch.empty(num_frame_samples, len(num_draw))
-    status = torch.empty(len(num_draw), dtype=torch.int32)
+    indices = torch.empty(num_samples, drawn, dtype=torch.int64, device=CPU)
+    groups = torch.empty(num_samples, frames, dtype=torch.int64, device=CPU)
+    log_prob = torch.empty(num_samples, frames, dtype=torch.float32, device=CPU)
+    frame_indices = torch.empty(num_frame_samples, sum(num_frames), dtype=torch.int64, device=CPU)
+    frame_log_prob = torch.empty(num_frame_samples, len(num_draw), dtype=torch.float32, device=CPU)
+    status = torch.empty(len(num_draw), dtype=torch.int32, device=CPU)
     engine().sample_combinations(
         token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, group_cap, num_frame_samples,
         num_frames, strict, seed, step, num_threads(), indices, groups, log_prob, frame_indices,

@@ -14,9 +14,7 @@ def check_key(op: str, seed: int, step: int, stream: int = 0) -> int:
     if not 0 <= step < 2**32:
         raise ValueError(f"{op}: step={step} must be in [0, 2^32). Pass the number of the training step.")
     if not 0 <= stream < FIRST_RESERVED_STREAM:
-        raise ValueError(
-            f"{op}: stream={stream} must be in [0, {FIRST_RESERVED_STREAM}). Higher ones are reserved."
-        )
+        raise ValueError(f"{op}: stream={stream} must be in [0, {FIRST_RESERVED_STREAM}). Higher ones are reserved.")
     return seed - 2**64 if seed >= 2**63 else seed
 
 

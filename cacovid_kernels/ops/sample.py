@@ -59,8 +59,7 @@ _pl_log_prob_backward = Op(
 )
 _pl_log_prob_double_backward = Op(
     "sample",
-    "pl_log_prob_double_backward(Tensor direction, Tensor grad, Tensor logits, Tensor indices) "
-    "-> (Tensor, Tensor)",
+    "pl_log_prob_double_backward(Tensor direction, Tensor grad, Tensor logits, Tensor indices) -> (Tensor, Tensor)",
     lambda direction, grad, logits, indices: (
         torch.empty_like(grad, memory_format=torch.contiguous_format),
         torch.empty_like(logits, memory_format=torch.contiguous_format),
@@ -138,9 +137,7 @@ def gumbel_topk(
     if logits.dim() < 1:
         raise ValueError(f"{op}: logits must be [..., N] (logits: {describe(logits)}). Add a dimension.")
     if not 0 <= k <= logits.shape[-1]:
-        raise ValueError(
-            f"{op}: k={k} must be in [0, N={logits.shape[-1]}] (logits: {describe(logits)}). Lower k."
-        )
+        raise ValueError(f"{op}: k={k} must be in [0, N={logits.shape[-1]}] (logits: {describe(logits)}). Lower k.")
     if num_samples is not None:
         check_samples(op, "num_samples", num_samples, 0)
     seed = check_key(op, seed, step, stream)

@@ -45,7 +45,7 @@ def cap_shares(share: Tensor, count: Tensor, cap: float) -> Tensor:
     groups = share.shape[1]
     g = torch.arange(groups, device=share.device)
     feasible = 1.0 / count.double()[:, None]  # [T, 1]
-    floor, cap = feasible * feasible, feasible.clamp(min=cap)
+    floor, limit = feasible * feasible, feasible.clamp(min=cap)
     result = torch.zeros_like(share)
     rest = norm = torch.ones_like(feasible)  # shares from `first` on are share / norm of rest
     busy = torch.ones_like(feasible, dtype=torch.bool)
@@ -53,14 +53,14 @@ def cap_shares(share: Tensor, count: Tensor, cap: float) -> Tensor:
         racing = (g >= first) & (g < count[:, None])
         share = torch.where(racing, torch.maximum(share, floor * norm), 0.0)
         norm = from_fixed(to_fixed(share).sum(1, keepdim=True))
-        cap = cap.clamp(max=0.999)
+        limit = limit.clamp(max=0.999)
         largest = share[:, first : first + 1]
-        done = busy & ((first == count[:, None] - 1) | (largest <= cap * norm))
+        done = busy & ((first == count[:, None] - 1) | (largest <= limit * norm))
         result = torch.where(done & racing, share * (rest / norm), result)
         busy = busy & ~done
-        result[:, first : first + 1] = torch.where(busy, cap * rest, result[:, first : first + 1])
-        rest = torch.where(busy, rest * (1.0 - cap), rest)
-        cap = torch.where(busy, cap / (1.0 - cap), cap)
+        result[:, first : first + 1] = torch.where(busy, limit * rest, result[:, first : first + 1])
+        rest = torch.where(busy, rest * (1.0 - limit), rest)
+        limit = torch.where(busy, limit / (1.0 - limit), limit)
     return result
 
 

@@ -1,0 +1,60 @@
+"""What a batch of sampled combinations is: which tokens and frames each of them holds, and how likely it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels.selection import Selection
+
+
+def _mask(indices: Tensor, size: int) -> Tensor:
+    """`[S, size]` bool from `[S, K]` positions, of which -1 marks nothing."""
+    mask = torch.zeros(indices.shape[0], size + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(1, torch.where(indices < 0, size, indices), True)[:, :size]
+
+
+@dataclass(eq=False)
+class Combinations:
+    """Combinations of video tokens and of frames, sampled for policy optimisation.
+
+    Row 0 of each kind is no sample but the plain top-k; its log-probabilities are 0.
+
+    Attributes:
+        indices: `[G, K]` int64, flat positions in the packed token axis, ascending; -1 where a frame has fewer
+            candidates than it should give (`Status.SHORT`).
+        groups: `[G, F]` int64, the group that was drawn from each frame; -1 in row 0.
+        log_prob: `[G, F]` float32, ln of the probability of that group and of the ordered draw inside it.
+        frame_indices: `[Gf, KF]` int64, flat positions in the packed frame axis, ascending, -1 as above.
+        frame_log_prob: `[Gf, B]` float32, ln of the probability of the ordered draw of each video's frames.
+        status: `[B]` int32, bits of `Status` per video.
+        lengths: tokens of one combination per video, known on the host; they sum to K.
+        frame_lengths: frames of one frame combination per video; they sum to KF.
+        grid_thw: frames, rows and columns per video.
+    """
+
+    indices: Tensor
+    groups: Tensor
+    log_prob: Tensor
+    frame_indices: Tensor
+    frame_log_prob: Tensor
+    status: Tensor
+    lengths: tuple[int, ...]
+    frame_lengths: tuple[int, ...]
+    grid_thw: tuple[tuple[int, int, int], ...]
+
+    def mask(self) -> Tensor:
+        """`[G, N]` bool over the packed token axis: true where a combination holds the token."""
+        return _mask(self.indices, sum(t * h * w for t, h, w in self.grid_thw))
+
+    def frame_mask(self) -> Tensor:
+        """`[Gf, F]` bool over the packed frame axis: true where a frame combination holds the frame."""
+        return _mask(self.frame_indices, sum(t for t, _, _ in self.grid_thw))
+
+    def selection(self, row: int) -> Selection:
+        """One combination as a `Selection`, to gather or repack with."""
+        counts = [k // t for k, (t, _, _) in zip(self.lengths, self.grid_thw, strict=True) for _ in range(t)]
+        frame_counts = torch.tensor(counts, dtype=torch.int64, device=self.indices.device)
+        return Selection(self.indices[row], frame_counts, self.status, self.lengths, self.grid_thw)
