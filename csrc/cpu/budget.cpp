@@ -4,40 +4,51 @@
 #include <limits>
 
 #include "cacovid/ops.h"
+#include "isa/noise_loops.h"
 #include "rows.h"
 #include "scratch.h"
 
 namespace cacovid::cpu {
 namespace {
 
-struct weight_scratch;
+struct logit_scratch;
 
-// Softmax of the scores scaled to [-3, 3], clipped, in fixed point. Returns the sum of the weights.
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+// Scores scaled to [-3, 3], the largest magnitude to 3; -inf and NaN to -inf. Returns the largest.
+double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double* logits, int32_t& status) {
+  if (!scores.defined()) {
+    std::fill_n(logits, frames, 0.0);
+    return 0.0;
+  }
+  double largest = 0.0;
+  for (int64_t f = 0; f < frames; ++f) {
+    const double x = element_of(scores, first + f);
+    const double magnitude = std::fabs(x);
+    if (x != x) status |= status_nan;
+    if (x == infinity) status |= status_posinf;
+    if (magnitude < infinity) largest = std::max(largest, magnitude);
+    logits[f] = x == x ? x : -infinity;
+  }
+  double top = -infinity;
+  for (int64_t f = 0; f < frames; ++f) {
+    const double x = logits[f];
+    // 0 where every finite score is 0: the published code divides zero by zero there.
+    const double scaled = largest > 0.0 ? x / largest * 3.0 : 0.0;
+    logits[f] = x == infinity ? 3.0 : x == -infinity ? x : scaled;
+    top = std::max(top, logits[f]);
+  }
+  return top;
+}
+
+// Softmax of the frame logits, clipped, in fixed point. Returns the sum of the weights.
 int64_t frame_weights(const Tensor& scores, int64_t first, const BudgetPlan& p, int64_t* weights, int32_t& status) {
-  float largest = 0.0f;
-  if (scores.defined()) {
-    for (int64_t f = 0; f < p.frames; ++f) {
-      const float x = element_of(scores, first + f);
-      const float magnitude = std::fabs(x);
-      if (x != x) status |= status_nan;
-      if (x == std::numeric_limits<float>::infinity()) status |= status_posinf;
-      if (magnitude <= std::numeric_limits<float>::max()) largest = std::max(largest, magnitude);
-    }
-  }
-  const auto logit = [&](int64_t f) {  // 0 where every finite score is 0: the published code divides by zero there
-    const float x = scores.defined() ? element_of(scores, first + f) : 0.0f;
-    if (x == std::numeric_limits<float>::infinity()) return 3.0;
-    if (!(std::fabs(x) <= std::numeric_limits<float>::max())) return -std::numeric_limits<double>::infinity();
-    return largest > 0.0f ? static_cast<double>(x) / static_cast<double>(largest) * 3.0 : 0.0;
-  };
-  double top = -std::numeric_limits<double>::infinity();
-  for (int64_t f = 0; f < p.frames; ++f) top = std::max(top, logit(f));
+  double* e = scratch<logit_scratch, double>(p.frames);
+  const double top = frame_logits(scores, first, p.frames, e, status);
+  if (top == -infinity) std::fill_n(e, p.frames, 0.0);  // no score to go by: all frames alike
+  noise_loops().exp_below(e, p.frames, top == -infinity ? 0.0 : top, e);
   int64_t total = 0;
-  double* e = scratch<weight_scratch, double>(p.frames);
-  for (int64_t f = 0; f < p.frames; ++f) {
-    e[f] = top >= -3.0 ? exp_exact(logit(f) - top) : 1.0;  // no finite score at all: uniform
-    total += to_fixed(e[f]);
-  }
+  for (int64_t f = 0; f < p.frames; ++f) total += to_fixed(e[f]);
   const double norm = from_fixed(total);
   int64_t clipped = 0;
   for (int64_t f = 0; f < p.frames; ++f) {
