@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "cacovid/ops.h"
@@ -120,23 +121,34 @@ void scatter_rows(const Tensor* grads, const RowSum* sums, int64_t count, const 
   int64_t most = 0;
   std::vector<RowTasks> tasks;
   std::vector<int64_t> bytes;
+  int64_t written = 0;
   for (int64_t t = 0; t < count; ++t) {
     const RowSum& s = sums[t];
     most = std::max(most, s.tokens);
     bytes.push_back(s.columns * item_size(grads[t].dtype));
     tasks.push_back({bytes.back() > 0 ? s.outer * s.tokens : 0, rows_worth_a_thread(bytes.back())});
     if (fresh) expect_writes(targets[t], tasks.back().rows * bytes.back());
+    written += tasks.back().rows * bytes.back();
   }
+  const bool stream = worth_streaming(written);
   const Inverse inverse(index, kept, most);
+  int64_t nothing[64];
+  std::fill(std::begin(nothing), std::end(nothing), -1);
   const RowLoops& loops = row_loops();
   for_rows(tasks, threads, [&](size_t t, int64_t first, int64_t last) {
     const RowSum& s = sums[t];
     char* target = static_cast<char*>(targets[t]);
     const char* grad = static_cast<const char*>(grads[t].data);
-    for (int64_t r = first; r < last; ++r) {
-      const int64_t n = r % s.tokens, begin = inverse.starts[n];
-      loops.sum_rows(grad + r / s.tokens * kept * bytes[t], grads[t].dtype, s.columns, inverse.order.data() + begin,
-                     inverse.starts[n + 1] - begin, target + r * bytes[t]);
+    const auto terms = [&](int64_t row) { return inverse.starts[row % s.tokens + 1] - inverse.starts[row % s.tokens]; };
+    for (int64_t r = first, run; r < last; r += run) {
+      for (run = 0; run < 64 && r + run < last && terms(r + run) == 0;) ++run;
+      if (run > 0) {  // most tokens were not kept: their sums are empty
+        loops.copy_rows({target + r * bytes[t], nullptr, bytes[t], 0, bytes[t], 0, stream}, nothing, run);
+        continue;
+      }
+      run = 1;
+      loops.sum_rows(grad + r / s.tokens * kept * bytes[t], grads[t].dtype, s.columns,
+                     inverse.order.data() + inverse.starts[r % s.tokens], terms(r), target + r * bytes[t]);
     }
   });
 }
