@@ -51,7 +51,7 @@ void list_frames(Videos videos, const int64_t* counts, std::vector<FrameTask>& t
 }
 
 // How many rows of n scores are searched together: as many as the first cache has room for, at least four.
-int64_t rows_together(int64_t n) { return std::clamp<int64_t>(8192 / padded(n), 4, batch_rows); }
+int64_t rows_together(int64_t n) { return std::clamp<int64_t>(8192 / (padded(n) + 1), 4, batch_rows); }
 
 // A few rows of n scores whose best positions are searched together, as bit masks.
 class TopRows {
