@@ -40,7 +40,7 @@ def published_formula(token: Tensor, frame: Tensor) -> Tensor:
 
 
 def vectorised_torch(token: Tensor, frame: Tensor) -> Tensor:
-    """The same selection without a loop or a data-dependent shape: the best that plain torch gave us."""
+    """The same selection without a loop, a host read or a data-dependent shape, as a GPU or a compiler wants it."""
     t = frame.numel()
     n, ranked, keep = t * P, math.floor(IMPORTANCE * KEEP * P * t), math.floor(KEEP * t * P)
     f = (frame / frame.abs().max() * 3).softmax(-1).clamp(1 / (2 * t), 1 / (t * KEEP) * CAP)
@@ -63,6 +63,32 @@ def vectorised_torch(token: Tensor, frame: Tensor) -> Tensor:
     return torch.searchsorted(mask.cumsum(0), torch.arange(1, keep + 1))
 
 
+def fastest_torch(token: Tensor, frame: Tensor) -> Tensor:
+    """The fastest that plain torch gave us on a CPU, where reading a value on the host costs nothing."""
+    t = frame.numel()
+    n, ranked, keep = t * P, math.floor(IMPORTANCE * KEEP * P * t), math.floor(KEEP * t * P)
+    f = (frame * (3 / frame.abs().amax())).softmax(-1).clamp_(1 / (2 * t), 1 / (t * KEEP) * CAP)
+    f.mul_(round(IMPORTANCE * KEEP * P * t) / f.sum())
+    counts = f.round_().clamp_(1, int(IMPORTANCE * P * CAP)).long()
+    missing = ranked - int(counts.sum())
+    if missing:
+        sign = 1 if missing > 0 else -1
+        ordered = (counts * sign).sort().values  # the level rises in these, whichever way it goes
+        volume = ordered * torch.arange(1, t + 1) - ordered.cumsum(0)
+        low = int((volume <= abs(missing)).sum())  # so many frames come to the level
+        level = (abs(missing) + int(ordered[:low].sum())) // low
+        below = counts * sign <= level
+        rest = abs(missing) - int((level - counts[below] * sign).sum())
+        counts[below] = level * sign
+        counts[(counts == level * sign).nonzero().squeeze(1)[:rest]] += sign
+    most = int(counts.max())
+    best = token.topk(most, dim=-1).indices
+    mask = torch.zeros(t, P, dtype=torch.bool).scatter_(1, best, torch.arange(most) < counts[:, None]).view(-1)
+    free = (~mask).nonzero().squeeze(1)
+    mask[free[torch.linspace(0, n - ranked - 1, keep - ranked).round_().long()]] = True
+    return mask.nonzero().squeeze(1)
+
+
 compiled_torch = torch.compile(vectorised_torch, dynamic=False)
 
 
@@ -72,7 +98,8 @@ def ours(token: Tensor, frame: Tensor) -> Tensor:
 
 CONTESTANTS = {
     "ours": ours,
-    "vectorised torch": vectorised_torch,
+    "fastest torch": fastest_torch,
+    "torch without host reads": vectorised_torch,
     "torch.compile of it": compiled_torch,
     "published formula": published_formula,
 }
@@ -88,7 +115,7 @@ def bench_select(race, frames, target, contestant):
     expected = ours(*inputs[0])
     found = CONTESTANTS[contestant](*inputs[0])
     assert torch.equal(found, expected)
-    race(f"select {frames} x {P}, keep 10%", contestant, CONTESTANTS[contestant], inputs, {"vectorised torch": target})
+    race(f"select {frames} x {P}, keep 10%", contestant, CONTESTANTS[contestant], inputs, {"fastest torch": target})
 
 
 @pytest.mark.parametrize("contestant", ["ours", "torch.topk"])

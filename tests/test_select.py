@@ -171,6 +171,14 @@ def test_long_fills_follow_linspace(tokens, backend):
         assert torch.equal(kept.indices, torch.linspace(0, tokens - 1, count).round().long())
 
 
+def test_fill_none_chooses_a_number_of_tokens_by_score_alone(backend):
+    scores, frames = torch.randn(8, 20), torch.tensor([0.0] * 7 + [5.0])
+    kept = ck.select_tokens(scores, frames, num_tokens=80, fill="none")
+    ranked = ck.select_tokens(scores, frames, num_tokens=80, importance_ratio=1.0)
+    assert torch.equal(kept.indices, ranked.indices)
+    assert kept.frame_counts[-1] > 10
+
+
 def test_importance_zero_is_a_uniform_grid(backend):
     kept = ck.select_tokens(torch.randn(1, 101), keep_ratio=0.11, importance_ratio=0.0)
     assert kept.indices.tolist() == list(range(0, 101, 10))

@@ -155,8 +155,8 @@ def select_tokens(
         importance_ratio: share of the kept tokens chosen by score, in [0, 1]; the rest fill uniformly.
         max_frame_ratio: most of a frame that may be kept by score, before the importance ratio; default
             1.5 times the keep ratio.
-        fill: "uniform" spreads the rest over the tokens that were not chosen; "none" leaves them out, so that
-            only floor(importance_ratio * keep_ratio * tokens) are kept.
+        fill: "uniform" spreads the rest over the tokens that were not chosen; "none" leaves them out: only
+            floor(importance_ratio * keep_ratio * tokens) are kept, or all `num_tokens` by score.
         order: "index" (time, then space) or "score" (falling score within each video).
         mode: "official" reproduces the published evaluation index for index; "strict" refuses infeasible frame
             caps and spaces the fill by exact fractions.
@@ -196,10 +196,11 @@ def select_tokens(
         frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
     strict, uniform = mode == "strict", fill == "uniform"
     b = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, uniform)
-    token_scores = _rows_of_frames(token_scores, grid)
+    # A number of tokens that nothing fills up is all chosen by score.
+    importance = float(importance_ratio) if uniform or num_tokens is None else 1.0
     indices, frame_counts, status = _select_tokens(
-        token_scores, frame_scores, b.grid, b.num_keep, b.keep_ratio, float(importance_ratio), b.max_frame_ratio,
-        strict, uniform, order == "score",
+        _rows_of_frames(token_scores, grid), frame_scores, b.grid, b.num_keep, b.keep_ratio, importance,
+        b.max_frame_ratio, strict, uniform, order == "score",
     )  # fmt: skip
     if check == "raise":
         raise_if_flagged(op, status, "video")

@@ -39,9 +39,11 @@ def _level(counts: Tensor, missing: Tensor, tokens_per_frame: int) -> Tensor:
     goes to the first frames that stand at it.
     """
     water = torch.arange(-1, tokens_per_frame + 2, device=counts.device)  # [P + 3]
-    gaps = water[:, None] - counts[None, :]  # [P + 3, T]
-    added = gaps.clamp(min=0).sum(1)
-    taken = (-gaps).clamp(min=0).sum(1)
+    ordered = counts.sort().values
+    sums = torch.nn.functional.pad(ordered.cumsum(0), (1, 0))  # [T + 1] of the smallest counts
+    below = torch.searchsorted(ordered, water)  # [P + 3] counts below each level
+    added = water * below - sums[below]
+    taken = sums[-1:] - sums[below] - water * (counts.numel() - below)
     up = (added <= missing).sum() - 2  # water[i] is i - 1; indexing with a tensor would read it on the host
     down = (taken > -missing).sum().clamp(max=tokens_per_frame + 2) - 1
     raised = torch.maximum(counts, up)

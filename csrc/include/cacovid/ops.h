@@ -1,4 +1,4 @@
-// The whole core API. No function allocates an output, throws or aborts; shapes are the caller's duty
+// The whole core API. No function allocates an output, aborts, or throws anything but std::bad_alloc; shapes are the caller's duty
 // (python/ checks them), values never are: any score, index or NaN is memory-safe.
 #pragma once
 
