@@ -6,11 +6,12 @@ and a public function calls its backend directly unless something has to see the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cacovid_kernels import _backend
 
@@ -62,3 +63,9 @@ def needs_dispatcher(args: Any) -> bool:
         elif kind not in _HOST_TYPES:  # a tensor subclass, a symbolic size
             return True
     return False
+
+
+def refuse_tangents(op: str, tensors: Sequence[Tensor]) -> None:
+    """RuntimeError if a tensor carries a forward-mode derivative, which the op would drop silently."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"{op}: it has no forward-mode derivative. Use reverse mode (backward, torch.func.vjp).")

@@ -147,6 +147,22 @@ def _gather(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
     return tuple(ck.gather_tokens((hidden, hidden.bfloat16(), torch.arange(96, device=device)), index))
 
 
+def _combine(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
+    tokens, frames = torch.randn(5, 49, generator=generator), torch.randn(5, generator=generator)
+    seed = int(torch.randint(2**40, (), generator=generator))
+    drawn = ck.sample_combinations(
+        tokens.to(device), frames.to(device), num_samples=6, keep_ratio=0.1, num_frame_samples=3, seed=seed
+    )
+    return drawn.indices, drawn.groups, drawn.frame_indices, drawn.log_prob
+
+
+def _repack(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
+    keys = [torch.randn(2, 3, 40, 8, generator=generator).to(device) for _ in range(2)]
+    keep = torch.randperm(40, generator=generator)[:9].sort().values.to(device)
+    short_keys, short_values = ck.repack_kv((keys, keys), keep)
+    return (*short_keys, *short_values)
+
+
 @torch.no_grad()
 def _score(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
     head = ck.PolicyHead(32)
@@ -163,7 +179,9 @@ PROBES: dict[str, Probe] = {
     "select_tokens": _select,
     "segmented_topk": _topk,
     "gumbel_topk": _sample,
+    "sample_combinations": _combine,
     "gather_tokens": _gather,
+    "repack_kv": _repack,
 }
 
 

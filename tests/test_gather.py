@@ -223,13 +223,6 @@ def test_structure_is_kept():
     assert padded[1][0].tolist() == [7, 7, 7]
 
 
-class Combos:
-    """What sample_combinations returns, as far as a gather cares."""
-
-    def __init__(self, indices):
-        self.indices = indices
-
-
 def test_combinations_read_one_copy():
     code = """
 import resource, sys
@@ -247,8 +240,14 @@ assert grown < 64 << 10, grown  # a repeat would take 1 GiB
     subprocess.run([sys.executable, "-c", code], check=True)
     x = torch.randn(30, 4)
     index = torch.stack([torch.randperm(30)[:5].sort().values for _ in range(7)])
-    assert torch.equal(ck.gather_tokens(x, Combos(index)), x[index])
+    assert torch.equal(ck.gather_tokens(x, index), x[index])
     assert torch.equal(ck.gather_tokens(x[None], index, dim=1), x[index][None])
+    grid = [(3, 2, 4), (2, 3, 3)]
+    drawn = ck.sample_combinations(torch.randn(42), None, grid, num_samples=5, keep_ratio=0.2, seed=0)
+    prompt = {"x": torch.randn(42, 4), "positions": torch.arange(126).view(3, 42)}
+    result = ck.gather_tokens(prompt, drawn)
+    assert torch.equal(result["x"], prompt["x"][drawn.indices])
+    assert torch.equal(result["positions"], prompt["positions"][:, drawn.indices])
 
 
 @pytest.mark.parametrize("name", ["duplicates", "padding", "outside", "empty", "int32", "scalar"])
@@ -459,3 +458,9 @@ def test_compiles_with_preallocated_results():
     result = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)(x, index, out)
     assert torch.equal(out, ck.gather_tokens(x, index))
     assert torch.equal(result, out + 1)
+
+
+def test_forward_mode_is_refused_and_not_dropped():
+    index = torch.tensor([1, 0])
+    with pytest.raises(RuntimeError, match="gather_tokens: it has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ck.gather_tokens(x, index), (torch.randn(3, 2),), (torch.randn(3, 2),))

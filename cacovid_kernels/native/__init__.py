@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 CPU = torch.device("cpu")  # named at every allocation: torch.set_default_device and `with device:` must not move one
 
 try:
-    from cacovid_kernels import _C
+    import cacovid_kernels._C as _C
 
     unavailable = ""
 except ImportError as error:  # a pure-Python checkout, or a platform without a compiler
@@ -15,7 +17,7 @@ except ImportError as error:  # a pure-Python checkout, or a platform without a 
     unavailable = f"the compiled module cacovid_kernels._C is missing ({error}). Install with `pip install .`."
 
 
-def engine():
+def engine() -> ModuleType:
     """The compiled module; RuntimeError with cause and remedy where there is none."""
     if _C is None:
         raise RuntimeError(f"backend 'cpu' cannot serve: {unavailable}")

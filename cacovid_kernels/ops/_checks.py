@@ -72,7 +72,7 @@ def host_ints(op: str, name: str, values: Any) -> tuple[int, ...]:
         ints = tuple(values)
         if set(map(type, ints)) <= {int}:
             return ints
-        return tuple(n if isinstance(n, torch.SymInt) else int(index(n)) for n in ints)
+        return tuple(n if isinstance(n, torch.SymInt) else int(index(n)) for n in ints)  # type: ignore[misc]
     except TypeError:
         raise TypeError(f"{op}: {name}={values!r} must be integers. Pass Python ints.") from None
 

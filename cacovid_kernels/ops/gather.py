@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacovid_kernels._library import NAMESPACE, Op, library
+from cacovid_kernels._library import NAMESPACE, Op, library, refuse_tangents
 from cacovid_kernels.ops._checks import check_choice, check_same_device, describe
 from cacovid_kernels.ops._overlap import check_outputs, mark_written
 from cacovid_kernels.ops._structure import leaves, name_of, option_of, rebuild
@@ -131,7 +131,8 @@ def _token_axis(x: Tensor, path: tuple, shapes: list[tuple[int, ...]]) -> tuple[
 
 
 def _sources(selection: Any, tensors: list[tuple[tuple, Tensor]], dim: Any) -> tuple[list[Tensor], list[int]]:
-    num_tokens = getattr(selection, "num_tokens", None)
+    grid = getattr(selection, "grid_thw", None)
+    num_tokens = None if grid is None else sum(t * h * w for t, h, w in grid)
     xs, dims = [], []
     for path, x in tensors:
         if x.is_complex() or x.is_quantized or x.layout is not torch.strided:
@@ -155,6 +156,7 @@ def _sources(selection: Any, tensors: list[tuple[tuple, Tensor]], dim: Any) -> t
 
 def _gather(xs: list[Tensor], index: Tensor, dims: list[int]) -> list[Tensor]:
     """One call, or one for what needs a gradient and one for the rest, which stays without."""
+    refuse_tangents(_OP, xs)
     needs = [x.requires_grad and torch.is_grad_enabled() for x in xs]
     if all(needs) or not any(needs):
         return _gather_rows(xs, index, dims)
@@ -215,7 +217,7 @@ def gather_tokens(
     Raises:
         ValueError, TypeError: an argument breaks its rule; one line says which.
         IndexError: with `check="raise"`, an index is out of range.
-        RuntimeError: a gradient is asked for together with `out`.
+        RuntimeError: a gradient is asked for together with `out`, or a forward-mode derivative.
 
     Example:
         >>> import torch, cacovid_kernels as ck

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cacovid_kernels._library import NAMESPACE, Op, library
+from cacovid_kernels._library import NAMESPACE, Op, library, refuse_tangents
 from cacovid_kernels.ops._checks import check_choice, check_same_device, check_scores, describe
 from cacovid_kernels.ops._draws import check_key, check_samples
 from cacovid_kernels.selection import raise_if_flagged
@@ -197,6 +197,7 @@ def pl_log_prob(logits: Tensor, indices: Tensor) -> Tensor:
             f"{op}: indices must have the rows of logits, {list(lead)} "
             f"(logits: {describe(logits)}; indices: {describe(indices)})."
         )
+    refuse_tangents(op, [logits])
     samples = 1 if single else indices.shape[0]
     rows = logits if logits.dim() == 2 else logits.reshape(lead.numel(), logits.shape[-1])
     drawn = indices.long().reshape(samples, lead.numel(), indices.shape[-1])
