@@ -151,6 +151,8 @@ def repack_kv(cache: Any, keep: Any, *, inplace: bool = False, release: bool = F
     shapes = [(x.shape[0], x.shape[1], x.shape[2]) for x in found.keys]
     keeps, layer_keeps = keeps_of(_OP, keep, shapes, found.keys[0].device)
     ragged = isinstance(keeps[0], RaggedKeep)
+    if ragged and any(shape[:2] != shapes[0][:2] for shape in shapes):
+        raise ValueError(f"{_OP}: a ragged keep needs the same batch and heads in every layer. Repack layers apart.")
     if ragged and inplace and found.source is not None:
         raise ValueError(
             f"{_OP}: a ragged keep gives a PackedKV, which a {type(cache).__name__} cannot hold. "
