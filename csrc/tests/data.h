@@ -15,11 +15,21 @@
 
 namespace cacovid::test {
 
-// SplitMix64: the cases are the same on every machine.
+// Numbers from SplitMix64, the same on every machine, or first from the bytes of a fuzzer.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
+  Random(const uint8_t* bytes, size_t size) : state_(size), bytes_(bytes), left_(size) {}
+
   uint64_t next() {
+    if (left_ > 0) {
+      uint64_t word = 0;
+      const size_t taken = left_ < 4 ? left_ : 4;
+      std::memcpy(&word, bytes_, taken);
+      bytes_ += taken;
+      left_ -= taken;
+      return word << 32 | word;
+    }
     uint64_t z = state_ += 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -36,12 +46,16 @@ class Random {
   }
   // Mostly small, sometimes up to `high`: both ends of a size's range are met.
   int64_t size(int64_t low, int64_t high) {
-    const int64_t reach = low + static_cast<int64_t>(static_cast<double>(high - low) * std::pow(real(), 2.0));
+    const int64_t reach =
+        low + static_cast<int64_t>(std::ceil(static_cast<double>(high - low) * std::pow(real(), 2.0)));
     return range(low, reach);
   }
+  int64_t some(int64_t high) { return chance(4) ? 0 : range(1, high); }  // rarely none
 
  private:
   uint64_t state_;
+  const uint8_t* bytes_ = nullptr;
+  size_t left_ = 0;
 };
 
 // Runs `body(random)` for `count` seeds, fewer under a sanitizer. CACOVID_TEST_SEED chooses other ones.

@@ -81,7 +81,7 @@ struct RepackCall {
       kept.emplace_back(random, batch, heads, n, ragged, placement != Placement::elsewhere, hostile);
       placements.push_back(placement);
     }
-    for (int64_t t = random.size(0, 5); t > 0; --t) {
+    for (int64_t t = random.some(5); t > 0; --t) {
       const int64_t list = random.range(0, static_cast<int64_t>(kept.size()) - 1);
       const cpu::Placement placement = placements[list];
       const bool rotated = random.chance(40);

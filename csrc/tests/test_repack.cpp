@@ -91,7 +91,7 @@ bool same_memory(const char* bytes, const std::vector<char>& expected, DType dty
 }
 
 TEST(repacks_as_the_naive_implementation) {
-  repeat(5000, [](Random& random) {
+  repeat(2500, [](Random& random) {
     const RepackCall call(random, false);
     std::vector<std::vector<char>> expected;
     for (size_t t = 0; t < call.tensors.size(); ++t) expected.push_back(naive_memory(call, t));
@@ -106,7 +106,7 @@ TEST(repacks_as_the_naive_implementation) {
 
 // Positions that break every rule, in place too: values may be wrong, memory not.
 TEST(survives_any_position) {
-  repeat(3000, [](Random& random) {
+  repeat(1500, [](Random& random) {
     const RepackCall call(random, true);
     call.run(random, static_cast<int>(random.range(1, 4)), [](size_t, const char*, int64_t) { CHECK(true); });
   });

@@ -42,7 +42,7 @@ struct Call {
   RandomTensor hidden;
 
   Call(Random& random, Values values) : columns(random.size(0, 200)) {
-    for (int64_t v = random.size(0, 3); v > 0; --v) {
+    for (int64_t v = random.some(3); v > 0; --v) {
       grid.insert(grid.end(), {random.size(1, 20), random.size(1, 6), random.size(1, 6)});
       frames += grid[grid.size() - 3];
       tokens += grid[grid.size() - 3] * grid[grid.size() - 2] * grid[grid.size() - 1];

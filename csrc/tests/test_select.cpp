@@ -130,7 +130,7 @@ Chosen naive_select(const RandomTensor& tokens, const RandomTensor* frames, cons
 // ---- tests --------------------------------------------------------------------------------------
 
 TEST(selects_as_the_naive_implementation) {
-  repeat(4000, [](Random& random) {
+  repeat(1500, [](Random& random) {
     const SelectCall call(random, false);
     const bool by_score = random.chance(50);
     const Chosen expected =
@@ -148,7 +148,7 @@ TEST(selects_as_the_naive_implementation) {
 }
 
 TEST(allocates_as_one_token_at_a_time) {
-  repeat(6000, [](Random& random) {
+  repeat(2000, [](Random& random) {
     const SelectCall call(random, false);
     const Output<int64_t> counts(random, call.frames);
     const Output<int32_t> status(random, call.videos().count);
@@ -166,7 +166,7 @@ TEST(allocates_as_one_token_at_a_time) {
 
 // Whatever the ratios: every budget is kept exactly, and every index is inside its video, once.
 TEST(survives_any_ratio) {
-  repeat(6000, [](Random& random) {
+  repeat(2000, [](Random& random) {
     const SelectCall call(random, true);
     const Output<int64_t> indices(random, call.kept), counts(random, call.frames);
     const Output<int32_t> status(random, call.videos().count);
@@ -188,8 +188,8 @@ TEST(survives_any_ratio) {
 }
 
 TEST(segmented_topk_is_a_stable_sort) {
-  repeat(5000, [](Random& random) {
-    const int64_t segments = random.size(0, 60);
+  repeat(1500, [](Random& random) {
+    const int64_t segments = random.some(40);
     const bool dense = random.chance(40) && segments > 0, by_score = random.chance(50);
     const int64_t width = random.size(0, 300);
     Ints offsets = {0}, k;
@@ -222,7 +222,7 @@ TEST(segmented_topk_is_a_stable_sort) {
 }
 
 TEST(finds_the_best_of_a_long_row) {
-  repeat(12, [](Random& random) {
+  repeat(6, [](Random& random) {
     const int64_t n = random.range(100000, 200000), k = random.pick({int64_t{1}, n - 1, random.range(2, n - 2)});
     const RandomTensor scores(random, random_score_type(random), {n}, random_values(random));
     const Ints offsets = {0, n};
@@ -257,7 +257,7 @@ TEST(fill_ranks_rise_strictly) {
     const double ratio = static_cast<double>(keep) / static_cast<double>(tokens);
     return plan_budget(1, 1, tokens, keep, {ratio, importance, 1.5 * ratio, strict, true});
   };
-  for (int64_t tokens = 1; tokens <= 160 / slowdown; ++tokens) {
+  for (int64_t tokens = 1; tokens <= 120 / slowdown; ++tokens) {
     for (int64_t keep = 1; keep <= tokens; ++keep) {
       for (const bool strict : {false, true}) {
         check(plan(tokens, 0.0, keep, strict));
@@ -265,20 +265,20 @@ TEST(fill_ranks_rise_strictly) {
       }
     }
   }
-  repeat(60, [&](Random& random) {
+  repeat(30, [&](Random& random) {
     const int64_t tokens = random.size(100, 1 << 20), keep = random.range(1, tokens);
     check(plan(tokens, random.real(), keep, random.chance(30)));
   });
   // Around the limit of float32's integers, where its spacing is too coarse for ranks next to each other.
-  for (const int64_t tokens : {int64_t{16777215}, int64_t{16777216}, int64_t{16777219}}) {
-    for (const int64_t gap : {0, 1, 2, 5, 1000}) {
+  for (const int64_t tokens : {int64_t{16777215}, int64_t{16777217}}) {
+    for (const int64_t gap : {1, 1000}) {
       if (slowdown == 1) check(plan(tokens, 0.0, tokens - gap, false));
     }
   }
 }
 
 TEST(order_keys_rank_every_pair) {
-  repeat(200000, [](Random& random) {
+  repeat(100000, [](Random& random) {
     float x[2];
     for (float& v : x) draw_value(random, reinterpret_cast<char*>(&v), DType::f32, random_values(random));
     const uint32_t a = order_key(x[0]), b = order_key(x[1]);

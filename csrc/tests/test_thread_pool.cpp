@@ -24,7 +24,7 @@ std::vector<int> visits(int64_t count, int64_t grain, int threads) {
 }
 
 TEST(covers_every_index_once) {
-  repeat(2000, [](Random& random) {
+  repeat(800, [](Random& random) {
     const int64_t count = random.size(0, 3000), grain = random.size(-1, 400);
     const int threads = static_cast<int>(random.pick<int64_t>({-3, 0, 1, 2, 3, 5, 8}));
     for (const int n : visits(count, grain, threads)) CHECK_EQ(n, 1);
@@ -55,7 +55,7 @@ TEST(serves_many_callers) {
   std::vector<std::thread> callers;
   for (int t = 0; t < 6; ++t) {
     callers.emplace_back([t] {
-      for (int i = 0; i < 200; ++i) {
+      for (int i = 0; i < 100; ++i) {
         for (const int n : visits(100 + t, 3, 4)) CHECK_EQ(n, 1);
       }
     });
@@ -65,7 +65,7 @@ TEST(serves_many_callers) {
 
 // An exception of any thread reaches the caller, and the pool serves on.
 TEST(hands_exceptions_to_the_caller) {
-  repeat(400, [](Random& random) {
+  repeat(200, [](Random& random) {
     const int64_t bad = random.range(0, 99);
     const int threads = static_cast<int>(random.range(1, 6));
     const bool all = random.chance(20);
