@@ -30,7 +30,7 @@ test: $(VENV)/.built  ## run the tests
 	$(call timed,tests,$(PY) -m pytest tests)
 
 bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
-	$(call timed,benchmarks,$(PY) -m pytest bench --benchmark-columns=median,min,iqr,rounds --benchmark-sort=median $(if $(RESULTS),--save-results $(RESULTS)))
+	$(call timed,benchmarks,$(PY) -m pytest bench --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min $(if $(RESULTS),--save-results $(RESULTS)))
 
 lint: $(VENV)/.installed  ## ruff, mypy, clang-format
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.inl,$(SOURCES)))

@@ -79,9 +79,7 @@ class Network:
             normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
             return head(self.weight * normal.to(rows.dtype)).float().diff(dim=-1).squeeze(-1)
 
-        return logits(self.token_head, x), logits(
-            self.frame_head, x.reshape(32, 14, 14, SIZE).mean(dim=(1, 2))
-        )
+        return logits(self.token_head, x), logits(self.frame_head, x.reshape(32, 14, 14, SIZE).mean(dim=(1, 2)))
 
     def products(self, x: Tensor) -> Tensor:
         """The matrix products of the token head alone: what no way of running it can save."""
@@ -108,10 +106,6 @@ def bench_score_tokens(race, network, contestant):
     targets = {"published formula": 1.35, "torch.compile of it": 1.05, "products alone": 0.82}
     with torch.no_grad():
         if contestant != "products alone":
-            for mine, theirs in zip(
-                calls[contestant](*inputs[0]), network.published(*inputs[0]), strict=True
-            ):
+            for mine, theirs in zip(calls[contestant](*inputs[0]), network.published(*inputs[0]), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=0.1, atol=0.1)
-        race(
-            "scores 6272 x 3584 bf16, both heads", contestant, calls[contestant], inputs, targets, seconds=1.5
-        )
+        race("scores 6272 x 3584 bf16, both heads", contestant, calls[contestant], inputs, targets, seconds=1.5)

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -65,7 +65,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(reason: str) -> None:
     warnings.warn(f"cacovid_kernels answers through its slow reference backend: {reason}", stacklevel=4)
 
@@ -84,7 +84,7 @@ def _choose(device_type: str) -> str:
     return "reference"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _implementation(backend: str, family: str, op: str) -> Callable:
     return getattr(importlib.import_module(f"{PACKAGES[backend]}.{family}"), op)
 

@@ -36,9 +36,7 @@ class PolicyConfig:
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
         if self.hidden_size < 16:
-            raise ValueError(
-                f"PolicyConfig: hidden_size={self.hidden_size} must be >= 16 (the heads end in D/16)."
-            )
+            raise ValueError(f"PolicyConfig: hidden_size={self.hidden_size} must be >= 16 (the heads end in D/16).")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PolicyConfig:
@@ -50,9 +48,7 @@ class PolicyConfig:
         known = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]
         if missing:
-            raise ValueError(
-                f"PolicyConfig: config must hold {', '.join(missing)} (it holds {sorted(config)})."
-            )
+            raise ValueError(f"PolicyConfig: config must hold {', '.join(missing)} (it holds {sorted(config)}).")
         # With one position per token, the multimodal kinds reduce to the plain rotary embedding.
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "mrope"):
@@ -77,9 +73,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_tables(
-    position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[B, 1, L, head_dim]` of the half-split rotary embedding."""
     # Computed per call in float32: a module's buffer would be rounded by `policy.to(torch.bfloat16)`.
     steps = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)

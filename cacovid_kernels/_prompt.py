@@ -24,14 +24,10 @@ def check_prompt(
     check_dtype(op, "inputs_embeds", inputs_embeds, weight.dtype)
     size = weight.shape[0]
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != size:
-        raise ValueError(
-            f"{op}: inputs_embeds must be [B, L, D={size}] (inputs_embeds: {describe(inputs_embeds)})."
-        )
+        raise ValueError(f"{op}: inputs_embeds must be [B, L, D={size}] (inputs_embeds: {describe(inputs_embeds)}).")
     rows, length = inputs_embeds.shape[:2]
     if video_mask.dtype != torch.bool or video_mask.shape != (rows, length):
-        raise ValueError(
-            f"{op}: video_mask must be bool [B={rows}, L={length}] (video_mask: {describe(video_mask)})."
-        )
+        raise ValueError(f"{op}: video_mask must be bool [B={rows}, L={length}] (video_mask: {describe(video_mask)}).")
     if attention_mask is not None and attention_mask.shape != (rows, length):
         raise ValueError(
             f"{op}: attention_mask must be [B={rows}, L={length}], nonzero for real tokens "

@@ -38,9 +38,7 @@ def _shards(folder: Path) -> list[Path]:
         shards = sorted({shard for key, shard in names.items() if _policy_name(key) is not None})
         outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
-            raise ValueError(
-                f"from_pretrained: {INDEX} must name files of its own folder, got {outside[0]!r}."
-            )
+            raise ValueError(f"from_pretrained: {INDEX} must name files of its own folder, got {outside[0]!r}.")
         return [folder / shard for shard in shards]
     shards = sorted(folder.glob("*.safetensors"))
     if shards:

@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--policy", type=Path, metavar="DIR", help="trained policy; default: random heads")
     demo.add_argument("--frames", type=int, default=32, metavar="N", help="frames sampled from the video")
     demo.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="tokens to generate")
-    demo.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="runs, of which the best time counts"
-    )
+    demo.add_argument("--repeats", type=int, default=3, metavar="N", help="runs, of which the best time counts")
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the clip, the model, the policy")

@@ -40,9 +40,7 @@ def examine() -> int:
         wrong |= bool(fault)
         usable |= not fault
         print(f"  {name:<16} {f'WRONG: {fault}' if fault else f'works: {right}'}")
-    print(
-        "cacovid_kernels is usable." if usable and not wrong else "cacovid_kernels is NOT usable: see above."
-    )
+    print("cacovid_kernels is usable." if usable and not wrong else "cacovid_kernels is NOT usable: see above.")
     return 0 if usable and not wrong else 1
 
 
@@ -105,9 +103,7 @@ def _small_selection(device: str) -> ck.Selection:
 KNOWN_ANSWERS: dict[str, tuple[Callable[[str], Tensor], list]] = {
     "select_tokens": (lambda device: _small_selection(device).indices, [1, 3, 4, 6]),
     "segmented_topk": (
-        lambda device: ck.segmented_topk(
-            torch.tensor([0.3, 0.1, 0.2, 0.5, 0.5], device=device), 1, [0, 3, 5]
-        ),
+        lambda device: ck.segmented_topk(torch.tensor([0.3, 0.1, 0.2, 0.5, 0.5], device=device), 1, [0, 3, 5]),
         [0, 3],
     ),
     "gather_tokens": (

@@ -85,9 +85,7 @@ class CompressionPolicy(nn.Module):
             ValueError: a shape does not fit, or (CPU tensors only: elsewhere the test would synchronise)
                 `video_mask` does not hold the videos of `grid_thw`.
         """
-        hidden, video, grid = self._video_rows(
-            inputs_embeds, video_mask, position_ids, attention_mask, grid_thw
-        )
+        hidden, video, grid = self._video_rows(inputs_embeds, video_mask, position_ids, attention_mask, grid_thw)
         tokens, frames = self._token_scores(video, grid)
         text = ~video_mask if attention_mask is None else attention_mask.bool() & ~video_mask
         total = text.to(hidden.dtype)[:, None] @ hidden  # [B, 1, D]
@@ -241,9 +239,7 @@ class CompressionPolicy(nn.Module):
             config = cast(Any, model).config.to_dict() if config is None else config
             model = model.state_dict()
         if config is None:
-            raise ValueError(
-                "from_language_model: config is needed with a state dict. Pass model.config.to_dict()."
-            )
+            raise ValueError("from_language_model: config is needed with a state dict. Pass model.config.to_dict().")
         gates = [key for key in model if f".{key}".endswith("." + _GATE) and PREFIX not in key]
         if len(gates) != 1:
             raise ValueError(f"from_language_model: model must hold one '...{_GATE}', found {gates}.")

@@ -102,9 +102,7 @@ class Selection:
         per_row = len(self.lengths) // rows.shape[0]
         tokens = [t * h * w for t, h, w in self.grid_thw]
         dropped = [n - kept for n, kept in zip(tokens, self.lengths, strict=True)]
-        lengths = tuple(
-            rows.shape[1] - sum(dropped[b * per_row : (b + 1) * per_row]) for b in range(rows.shape[0])
-        )
+        lengths = tuple(rows.shape[1] - sum(dropped[b * per_row : (b + 1) * per_row]) for b in range(rows.shape[0]))
         flat = rows.reshape(-1)
         if type(flat) is Tensor and flat.device.type == "cpu" and not torch.compiler.is_compiling():
             marked = rows.sum(1).tolist()

@@ -90,9 +90,7 @@ def plot_selection(
     if heat is not None and heat.size != mask.size:
         raise ValueError(f"plot_selection: scores hold {heat.size} tokens, grid {grid} has {mask.size}.")
     if timestamps is not None and len(timestamps) != t:
-        raise ValueError(
-            f"plot_selection: timestamps has {len(timestamps)} entries, grid {grid} has {t} frames."
-        )
+        raise ValueError(f"plot_selection: timestamps has {len(timestamps)} entries, grid {grid} has {t} frames.")
 
     if title is None:
         title = f"{int(mask.sum()):,} of {mask.size:,} tokens kept ({mask.mean():.1%})"
@@ -110,11 +108,7 @@ def plot_selection(
 
 
 def _array(values: Any) -> np.ndarray:
-    return (
-        values.detach().cpu().float().numpy()
-        if getattr(values, "is_floating_point", bool)()
-        else np.asarray(values)
-    )
+    return values.detach().cpu().float().numpy() if getattr(values, "is_floating_point", bool)() else np.asarray(values)
 
 
 def _mask_and_grid(selection: Any, grid: Sequence[int] | None) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -130,9 +124,7 @@ def _mask_and_grid(selection: Any, grid: Sequence[int] | None) -> tuple[np.ndarr
     if grid is None and mask.ndim == 3:
         grid = mask.shape
     if grid is None or len(grid) != 3:
-        raise ValueError(
-            "plot_selection: grid must be (t, h, w) when the selection is a flat mask. Pass grid=."
-        )
+        raise ValueError("plot_selection: grid must be (t, h, w) when the selection is a flat mask. Pass grid=.")
     t, h, w = (int(size) for size in grid)
     return mask, (t, h, w)
 
@@ -174,14 +166,10 @@ class _Sheet:
         count = int(kept.sum())
         self.draw.text((x, y), label, fill=MUTED, font=self.small)
         text = f"{count} kept"
-        self.draw.text(
-            (x + self.width - self.draw.textlength(text, self.small), y), text, fill=INK, font=self.small
-        )
+        self.draw.text((x + self.width - self.draw.textlength(text, self.small), y), text, fill=INK, font=self.small)
         self.draw.line((x, y + 20, x + self.width - 1, y + 20), fill=RULE, width=2)
         if count:
-            self.draw.line(
-                (x, y + 20, x + round(self.width * count / most) - 1, y + 20), fill=ACCENT, width=2
-            )
+            self.draw.line((x, y + 20, x + round(self.width * count / most) - 1, y + 20), fill=ACCENT, width=2)
         size = (self.width, self.height)
         colour = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
         grey = colour.mean(-1, keepdims=True)

@@ -26,9 +26,7 @@ std::vector<CombinationPlan> plans_of(const Ints& grid_thw, const Ints& num_draw
   return plans;
 }
 
-bool is_score_type(const Tensor& t) {
-  return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16;
-}
+bool is_score_type(const Tensor& t) { return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16; }
 
 void sample_combinations(py::handle token_scores, py::handle frame_scores, const Ints& grid_thw, int64_t num_samples,
                          const Ints& num_draw, const Ints& num_groups, const std::vector<double>& group_cap,
@@ -57,12 +55,13 @@ void sample_combinations(py::handle token_scores, py::handle frame_scores, const
   check(num_frame_samples == 0 || f.defined(), "frame combinations need frame_scores");
   check(!f.defined() || (is_score_type(f) && f.ndim <= 2 && f.numel() == frames),
         "frame_scores must be one float score per frame");
-  const cpu::CombinationOutputs out = {output<int64_t>(indices, "indices", num_samples * drawn),
-                                       output<int64_t>(groups, "groups", num_samples * frames),
-                                       output<float>(log_prob, "log_prob", num_samples * frames),
-                                       output<int64_t>(frame_indices, "frame_indices", num_frame_samples * drawn_frames),
-                                       output<float>(frame_log_prob, "frame_log_prob", num_frame_samples * videos),
-                                       output<int32_t>(status, "status", videos)};
+  const cpu::CombinationOutputs out = {
+      output<int64_t>(indices, "indices", num_samples * drawn),
+      output<int64_t>(groups, "groups", num_samples * frames),
+      output<float>(log_prob, "log_prob", num_samples * frames),
+      output<int64_t>(frame_indices, "frame_indices", num_frame_samples * drawn_frames),
+      output<float>(frame_log_prob, "frame_log_prob", num_frame_samples * videos),
+      output<int32_t>(status, "status", videos)};
   const cpu::DrawKey key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), 0};
   const py::gil_scoped_release release;
   cpu::sample_combinations(x, f, plans.data(), videos, {num_samples, num_frame_samples, strict}, key, threads, out);

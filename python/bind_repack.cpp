@@ -128,8 +128,7 @@ void repack_rows(const py::sequence& xs, const py::sequence& keep, const py::seq
       case Placement::in_front:
         check(x.contiguous() && k.fits_in_place(x), "only contiguous tensors can be packed in place");
         break;
-      default:
-        check(false, "placement must be 0, 1 or 2");
+      default: check(false, "placement must be 0, 1 or 2");
     }
     all.push_back({x, keep_of[t], rotated[t], placement, target});
   }

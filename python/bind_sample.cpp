@@ -7,9 +7,7 @@ namespace {
 constexpr int64_t most_columns = int64_t{1} << 31;
 constexpr int64_t most_samples = int64_t{1} << 24;
 
-bool is_low_float(const Tensor& t) {
-  return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16;
-}
+bool is_low_float(const Tensor& t) { return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16; }
 
 // The seed's bits: Python passes it as a signed number.
 cpu::DrawKey draw_key(int64_t seed, int64_t step, int64_t stream) {
@@ -18,8 +16,8 @@ cpu::DrawKey draw_key(int64_t seed, int64_t step, int64_t stream) {
   return {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(stream)};
 }
 
-void gumbel_topk(py::handle logits, int64_t k, int64_t samples, int64_t seed, int64_t step, int64_t stream,
-                 int threads, py::handle indices, py::handle log_prob, py::handle status) {
+void gumbel_topk(py::handle logits, int64_t k, int64_t samples, int64_t seed, int64_t step, int64_t stream, int threads,
+                 py::handle indices, py::handle log_prob, py::handle status) {
   const Tensor x = to_tensor(logits, "logits");
   check(x.ndim == 2 && is_low_float(x), "logits must be [R, N] float32, bfloat16 or float16");
   check(x.sizes[0] < (int64_t{1} << 32) && x.sizes[1] < most_columns, "logits must have fewer rows and columns");
@@ -55,8 +53,7 @@ void pl_log_prob(py::handle logits, py::handle indices, int threads, py::handle 
   cpu::pl_log_prob(d.logits, d.indices, threads, out);
 }
 
-void pl_log_prob_backward(py::handle grad, py::handle logits, py::handle indices, int threads,
-                          py::handle grad_logits) {
+void pl_log_prob_backward(py::handle grad, py::handle logits, py::handle indices, int threads, py::handle grad_logits) {
   const Draws d(logits, indices);
   const double* grad_in = output<double>(grad, "grad", d.samples * d.rows);
   double* out = output<double>(grad_logits, "grad_logits", d.rows * d.columns);

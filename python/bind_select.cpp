@@ -22,8 +22,8 @@ struct BudgetArgs {
       const int64_t t = grid_thw[3 * v], h = grid_thw[3 * v + 1], w = grid_thw[3 * v + 2];
       const int64_t video_tokens = grid_tokens(grid_thw, v);
       check(num_keep[v] >= 0 && num_keep[v] <= video_tokens, "num_keep must be in [0, t*h*w]");
-      plans.push_back(plan_budget(t, h, w, num_keep[v],
-                                  {keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, fill}));
+      plans.push_back(
+          plan_budget(t, h, w, num_keep[v], {keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, fill}));
       equal_rows = equal_rows && plans.back().tokens_per_frame == plans.front().tokens_per_frame;
       frames += t;
       tokens += video_tokens;
@@ -33,9 +33,7 @@ struct BudgetArgs {
   cpu::Videos videos() const { return {plans.data(), static_cast<int64_t>(plans.size())}; }
 };
 
-bool is_score_type(const Tensor& t) {
-  return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16;
-}
+bool is_score_type(const Tensor& t) { return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16; }
 
 Tensor frame_tensor(py::handle scores, int64_t frames) {
   const Tensor t = to_tensor(scores, "frame_scores");

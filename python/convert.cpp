@@ -96,13 +96,21 @@ namespace {
 template <class T>
 constexpr DType dtype_of();
 template <>
-constexpr DType dtype_of<int64_t>() { return DType::i64; }
+constexpr DType dtype_of<int64_t>() {
+  return DType::i64;
+}
 template <>
-constexpr DType dtype_of<int32_t>() { return DType::i32; }
+constexpr DType dtype_of<int32_t>() {
+  return DType::i32;
+}
 template <>
-constexpr DType dtype_of<float>() { return DType::f32; }
+constexpr DType dtype_of<float>() {
+  return DType::f32;
+}
 template <>
-constexpr DType dtype_of<double>() { return DType::f64; }
+constexpr DType dtype_of<double>() {
+  return DType::f64;
+}
 }  // namespace
 
 template <class T>
@@ -114,7 +122,8 @@ T* output(py::handle tensor, const char* name, int64_t count) {
   const DType dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
   const int64_t numel = PyLong_AsLongLong(own(PyObject_CallMethodNoArgs(object, n.numel)).ptr());
   check(on_cpu && contiguous && dtype == dtype_of<T>() && numel == count,
-        std::string(name) + " must be a contiguous CPU tensor with " + std::to_string(count) + " elements of the op's type");
+        std::string(name) + " must be a contiguous CPU tensor with " + std::to_string(count) +
+            " elements of the op's type");
   T* data = static_cast<T*>(PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr()));
   check(data != nullptr || count == 0, std::string(name) + " has no memory");
   return data;

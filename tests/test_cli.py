@@ -62,9 +62,7 @@ def test_process_reports_a_bad_video_and_leaves_nothing(tmp_path):
     pytest.importorskip("av")
     (tmp_path / "text.mp4").write_text("no video")
     command = [sys.executable, "-m", "cacovid_kernels", "demo", "--video", "text.mp4", "--out", "out"]
-    ended = subprocess.run(
-        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120
-    )
+    ended = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1
     assert "text.mp4 is not a video" in ended.stderr

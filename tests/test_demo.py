@@ -23,14 +23,10 @@ from cacovid_kernels.demo.render import render_clip  # noqa: E402
 from cacovid_kernels.demo.report import Progress, notes, table  # noqa: E402
 from cacovid_kernels.demo.video import read_clip  # noqa: E402
 
-SMALL = TinyGeometry(
-    image_size=112, vision_width=32, vision_layers=1, width=64, layers=2
-)  # 4 x 4 tokens a frame
+SMALL = TinyGeometry(image_size=112, vision_width=32, vision_layers=1, width=64, layers=2)  # 4 x 4 tokens a frame
 
 
-def encode(
-    path, frames=40, size=(64, 48), codec="libx264", pix_fmt="yuv420p", stamps=None, rotation=None, **options
-):
+def encode(path, frames=40, size=(64, 48), codec="libx264", pix_fmt="yuv420p", stamps=None, rotation=None, **options):
     """A video whose frame i is grey of brightness 4 i, with a white block in the upper left corner."""
     with av.open(str(path), "w", options={k: v for k, v in options.items() if k == "movflags"}) as container:
         encoder = {k: v for k, v in options.items() if k != "movflags"}
@@ -219,9 +215,7 @@ def test_prompt_is_the_one_hugging_face_builds(result):
 
 
 def test_keeping_everything_changes_nothing(video, tmp_path):
-    options = pipeline.Options(
-        video=video, keep_ratio=1.0, num_frames=4, max_new_tokens=4, repeats=1, geometry=SMALL
-    )
+    options = pipeline.Options(video=video, keep_ratio=1.0, num_frames=4, max_new_tokens=4, repeats=1, geometry=SMALL)
     result = pipeline.run(options, tmp_path, Progress())
     assert result.prompt_tokens["full"] == result.prompt_tokens["compressed"]
     assert torch.equal(result.generated["full"], result.generated["compressed"])
@@ -296,9 +290,7 @@ def test_reports_say_what_was_found(result, tmp_path):
 
 def test_a_short_video_is_said_to_be_short(video, tmp_path):
     few = encode(tmp_path / "few.mp4", frames=3)
-    options = pipeline.Options(
-        video=few, num_frames=8, max_new_tokens=2, keep_ratio=0.5, repeats=1, geometry=SMALL
-    )
+    options = pipeline.Options(video=few, num_frames=8, max_new_tokens=2, keep_ratio=0.5, repeats=1, geometry=SMALL)
     result = pipeline.run(options, tmp_path, Progress())
     assert any("3 instead of 8" in line for line in notes(result))
 
@@ -308,9 +300,7 @@ def test_model_and_policy_folders(video, tmp_path):
     tiny = tiny_model(SMALL, seed=1)
     tiny.network.save_pretrained(folder)
     tiny.tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
-    )
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
     loaded = load_model(str(folder))
     assert loaded.mean == (0.5, 0.5, 0.5)
     assert not loaded.is_random

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import cacovid_kernels as ck
 
@@ -86,7 +86,10 @@ def test_build_needs_no_torch():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert not any("torch" in requirement for requirement in project["build-system"]["requires"])
     imported = {
-        name.name for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Import) for name in node.names
+        name.name
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Import)
+        for name in node.names
     }
     assert "torch" not in imported
 

@@ -131,8 +131,7 @@ def test_left_padded_batch_equals_single_rows():
         torch.testing.assert_close(getattr(batch, name), together, rtol=1e-4, atol=1e-4)
     kept = policy.select(embeds, video_mask=video, attention_mask=attention, grid_thw=grids, keep_ratio=0.5)
     alone = [
-        policy.select(x, video_mask=m, grid_thw=[g], keep_ratio=0.5)
-        for (x, m), g in zip(rows, grids, strict=True)
+        policy.select(x, video_mask=m, grid_thw=[g], keep_ratio=0.5) for (x, m), g in zip(rows, grids, strict=True)
     ]
     assert kept.lengths == (6, 8)
     assert torch.equal(kept.indices, torch.cat([alone[0].indices, alone[1].indices + 12]))
@@ -318,9 +317,7 @@ def test_reads_a_full_model_in_shards(tmp_path, policy, prefix):
     ]
     files = [f"model-{i}-of-3.safetensors" for i in (1, 2, 3)]
     index = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
-    for file, shard in zip(
-        files[:2], shards, strict=False
-    ):  # the third holds nothing of ours and is not opened
+    for file, shard in zip(files[:2], shards, strict=False):  # the third holds nothing of ours and is not opened
         safetensors.save_file(shard, tmp_path / file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     config = json.loads((FOLDER / "config.json").read_text())

@@ -244,9 +244,7 @@ def test_dense_and_packed_hidden_mean_the_same():
     token_head, frame_head, weight = make_heads(32)
     dense = torch.randn(2, 3, 8, 32)
     with torch.no_grad():
-        packed = ck.score_tokens(
-            dense.reshape(48, 32), token_head, frame_head, [(3, 2, 4)] * 2, norm_weight=weight
-        )
+        packed = ck.score_tokens(dense.reshape(48, 32), token_head, frame_head, [(3, 2, 4)] * 2, norm_weight=weight)
         batch = ck.score_tokens(dense, token_head, frame_head, norm_weight=weight)
         video = ck.score_tokens(dense[0], token_head, frame_head, norm_weight=weight)
     assert torch.equal(packed[0], batch[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -400,7 +401,9 @@ def test_engine_refuses_what_would_read_out_of_bounds():
     from cacovid_kernels.native import select as native
 
     with pytest.raises(ValueError, match="rows of equal length"):
-        native.select_tokens(torch.zeros(2, 6), None, [1, 1, 4, 1, 1, 8], [1, 1], [0.5] * 2, 0.5, [1.0] * 2, False, True, False)
+        native.select_tokens(
+            torch.zeros(2, 6), None, [1, 1, 4, 1, 1, 8], [1, 1], [0.5] * 2, 0.5, [1.0] * 2, False, True, False
+        )
     with pytest.raises(ValueError, match="one float score per token"):
         native.select_tokens(torch.zeros(11), None, [1, 1, 12], [1], [0.5], 0.5, [1.0], False, True, False)
     with pytest.raises(ValueError, match="k must be in"):
@@ -421,7 +424,7 @@ def test_segmented_topk_matches_a_stable_sort(dtype, k, backend):
     scores = torch.randn(40).to(dtype)
     bounds = [0, 5, 5, 29, 40] if k == 0 else [0, 5, 29, 40]
     expected = []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         expected += (scores[a:b].sort(descending=True, stable=True).indices[:k] + a).tolist()
     assert ck.segmented_topk(scores, k, bounds, order="score").tolist() == expected
 

@@ -43,9 +43,7 @@ def test_selection_object_and_tensors():
     selection = ck.select_tokens(scores, None, [(4, 3, 3)], keep_ratio=0.5)
     frames = torch.randint(0, 256, (4, 30, 40, 3), dtype=torch.uint8)
     one = plot_selection(frames, selection, scores, timestamps=[0, 1, 2, 3])
-    two = plot_selection(
-        frames, selection.mask(), scores.bfloat16().float(), (4, 3, 3), timestamps=[0, 1, 2, 3]
-    )
+    two = plot_selection(frames, selection.mask(), scores.bfloat16().float(), (4, 3, 3), timestamps=[0, 1, 2, 3])
     assert one.size == two.size
 
 

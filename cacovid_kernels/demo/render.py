@@ -39,9 +39,7 @@ def render_clip(
     scenes = [_texture(np.random.default_rng(seed + i), *colours) for i, colours in enumerate(BACKGROUNDS)]
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w", format="mp4") as container:
-        stream: Any = container.add_stream(
-            codec, rate=RATE, options={"crf": "20"} if codec == "libx264" else {}
-        )
+        stream: Any = container.add_stream(codec, rate=RATE, options={"crf": "20"} if codec == "libx264" else {})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.codec_context.thread_count = 1  # the same bytes on every machine
         stream.bit_rate = 0 if codec == "libx264" else 2_000_000

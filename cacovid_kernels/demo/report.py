@@ -28,9 +28,7 @@ class Progress:
     def stage(self, name: str) -> Iterator[Callable[[float], None]]:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         live = self.console.is_terminal
-        with Bars(
-            *columns, console=self.console, transient=True, refresh_per_second=4, disable=not live
-        ) as bars:
+        with Bars(*columns, console=self.console, transient=True, refresh_per_second=4, disable=not live) as bars:
             task = bars.add_task(name, total=None)
             yield lambda fraction: bars.update(task, total=1.0, completed=fraction)
 
@@ -68,9 +66,7 @@ def notes(result: Result) -> list[str]:
     found, options, clip = result.agreement, result.options, result.clip
     lines = []
     if len(clip.frames) < options.num_frames:
-        lines.append(
-            f"frames: {len(clip.frames)} instead of {options.num_frames}; {clip.name} holds no more."
-        )
+        lines.append(f"frames: {len(clip.frames)} instead of {options.num_frames}; {clip.name} holds no more.")
     lines += [
         f"check: {'right' if found.holds else 'WRONG'}, logits differ by at most {found.largest:.1e} from "
         f"the full-length run with the dropped tokens masked (allowed: {found.tolerance:.1e}).",
@@ -86,9 +82,7 @@ def notes(result: Result) -> list[str]:
             answer = result.model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             lines.append(f"answer, {run} prompt: {' '.join(answer.split())}")
     if options.policy is None:
-        lines.append(
-            "policy: random heads, so the choice of tokens means nothing; --policy loads a trained one."
-        )
+        lines.append("policy: random heads, so the choice of tokens means nothing; --policy loads a trained one.")
     return lines
 
 

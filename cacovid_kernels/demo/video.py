@@ -144,9 +144,7 @@ def _packets(container: Any, progress: Progress, path: Path) -> Iterator[Any]:
                 progress(min(1.0, packet.pos / size))
             yield packet
     except av.FFmpegError as error:
-        raise UserError(
-            f"video: {path} cannot be read to its end ({error.strerror}). Repair the file."
-        ) from None
+        raise UserError(f"video: {path} cannot be read to its end ({error.strerror}). Repair the file.") from None
     progress(1.0)
 
 
@@ -201,9 +199,7 @@ def _needed(index: _Index, wanted: list[int]) -> bytearray:
     return needed
 
 
-def _decode(
-    container: Any, stream: Any, index: _Index, wanted: list[int], progress: Progress
-) -> Iterator[Any]:
+def _decode(container: Any, stream: Any, index: _Index, wanted: list[int], progress: Progress) -> Iterator[Any]:
     """Yield (stamp, frame) of every frame in the needed packets, in the order in which they are shown."""
     needed = _needed(index, wanted)
     decoder = stream.codec_context

@@ -47,9 +47,7 @@ def select_tokens(
     return indices, frame_counts, status
 
 
-def segmented_topk(
-    scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool
-) -> tuple[Tensor, Tensor]:
+def segmented_topk(scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool) -> tuple[Tensor, Tensor]:
     indices = torch.empty(sum(k), dtype=torch.int64, device=CPU)
     status = torch.empty(len(k), dtype=torch.int32, device=CPU)
     engine().segmented_topk(scores, cu_seqlens, k, by_score, num_threads(), indices, status)

@@ -71,9 +71,7 @@ class PolicyHead(nn.Sequential):
         """
         *hidden, last = self.linears
         if last.out_features != 2:
-            raise ValueError(
-                f"PolicyHead.folded: outputs={last.out_features} must be 2, to have a difference."
-            )
+            raise ValueError(f"PolicyHead.folded: outputs={last.out_features} must be 2, to have a difference.")
         first = hidden[0].weight if norm_weight is None else hidden[0].weight * norm_weight
         return FoldedHead(
             (first, *(layer.weight for layer in hidden[1:])),

@@ -42,9 +42,7 @@ def _fake_topk(scores, cu_seqlens, k, by_score):
     return scores.new_empty(sum(k), dtype=torch.int64), scores.new_empty(len(k), dtype=torch.int32)
 
 
-_allocate_budget = Op(
-    "select", f"allocate_budget(Tensor frame_scores, {_BUDGET}) -> (Tensor, Tensor)", _fake_allocate
-)
+_allocate_budget = Op("select", f"allocate_budget(Tensor frame_scores, {_BUDGET}) -> (Tensor, Tensor)", _fake_allocate)
 _select_tokens = Op(
     "select",
     f"select_tokens(Tensor token_scores, Tensor? frame_scores, {_BUDGET}, bool fill, bool by_score) "

@@ -182,9 +182,7 @@ def select_tokens(
     return torch.cat(indices), torch.cat(counts), torch.cat(status)
 
 
-def segmented_topk(
-    scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool
-) -> tuple[Tensor, Tensor]:
+def segmented_topk(scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool) -> tuple[Tensor, Tensor]:
     """Flat positions of the k[s] best of every segment [sum of k] int64 and status [S] int32."""
     indices, status = [scores.new_empty(0, dtype=torch.int64)], [scores.new_empty(0, dtype=torch.int32)]
     lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]

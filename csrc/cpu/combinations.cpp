@@ -21,10 +21,10 @@ constexpr int64_t elements_per_task = 8192;  // about 10 us of noise: less does 
 // Where a frame's scores lie and where its combinations go.
 struct FrameTask {
   int64_t video;
-  int64_t frame;      // in the video
-  int64_t row;        // over all videos
-  int64_t token;      // flat position of its first token
-  int64_t out;        // column of its first drawn token
+  int64_t frame;  // in the video
+  int64_t row;    // over all videos
+  int64_t token;  // flat position of its first token
+  int64_t out;    // column of its first drawn token
 };
 
 // Scratch of one thread for a frame's distribution.
@@ -201,15 +201,33 @@ void sample_combinations(Tensor token_scores, Tensor frame_scores, const Combina
       keys.keys[p.tokens_per_frame] = 0;  // stands for the slots without a token
       FrameSpace space = frame_space(p);
       combination_loops().prepare(keys, p, space);
-      FrameDraws draws = {first,    last - first,
-                          task.frame, task.video, key.seed, key.step,
-                          task.token, out.indices + first * tokens + task.out, tokens,
-                          out.groups + first * frames + task.row, out.log_prob + first * frames + task.row, frames};
+      FrameDraws draws = {first,
+                          last - first,
+                          task.frame,
+                          task.video,
+                          key.seed,
+                          key.step,
+                          task.token,
+                          out.indices + first * tokens + task.out,
+                          tokens,
+                          out.groups + first * frames + task.row,
+                          out.log_prob + first * frames + task.row,
+                          frames};
       if (first == 0) {
         flags[task.row] = keys.status | (space.valid < p.num_draw ? status_short : 0);
         best_tokens(space, p, draws);
-        draws = {1, last - 1, draws.frame, draws.video, draws.seed, draws.step, draws.token_base,
-                 draws.tokens + tokens, tokens, draws.groups + frames, draws.log_prob + frames, frames};
+        draws = {1,
+                 last - 1,
+                 draws.frame,
+                 draws.video,
+                 draws.seed,
+                 draws.step,
+                 draws.token_base,
+                 draws.tokens + tokens,
+                 tokens,
+                 draws.groups + frames,
+                 draws.log_prob + frames,
+                 frames};
       }
       draw_tokens(space, p, draws);
     }

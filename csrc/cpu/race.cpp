@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <vector>
-#include <vector>
 
 #include "cacovid/order.h"
 #include "scratch.h"
@@ -79,7 +78,8 @@ void draw(const Contestants& from, const NoiseRow& noise, uint32_t stream_sample
       for (int64_t j = 0; j < found; ++j) positions[j] = rank_index(winners[j]);
     }
   }
-  for (int64_t s = 0; s < count; ++s) std::fill(out + s * out_stride + std::max<int64_t>(found, 0), out + s * out_stride + k, -1);
+  for (int64_t s = 0; s < count; ++s)
+    std::fill(out + s * out_stride + std::max<int64_t>(found, 0), out + s * out_stride + k, -1);
 }
 
 }  // namespace cacovid::cpu

@@ -41,8 +41,8 @@ inline float load_element(const Row& row, DType dtype, int64_t i) {
 
 // Element `index` of [F] or [B, T] as float.
 inline float element_of(const Tensor& t, int64_t index) {
-  const int64_t at = t.ndim == 1 ? index * t.strides[0]
-                                 : index / t.sizes[1] * t.strides[0] + index % t.sizes[1] * t.strides[1];
+  const int64_t at =
+      t.ndim == 1 ? index * t.strides[0] : index / t.sizes[1] * t.strides[0] + index % t.sizes[1] * t.strides[1];
   return load_element({t.data, 1}, t.dtype, at);
 }
 

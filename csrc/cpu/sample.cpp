@@ -51,8 +51,8 @@ void for_rows(const Tensor& logits, int64_t samples, int threads, Body body) {
 
 }  // namespace
 
-void gumbel_topk(Tensor logits, int64_t k, int64_t samples, DrawKey key, int threads, int64_t* indices,
-                 float* log_prob, int32_t* status) {
+void gumbel_topk(Tensor logits, int64_t k, int64_t samples, DrawKey key, int threads, int64_t* indices, float* log_prob,
+                 int32_t* status) {
   const int64_t rows = logits.sizes[0], n = logits.sizes[1];
   const int64_t chunks = std::max<int64_t>((samples + samples_per_task - 1) / samples_per_task, 1);
   const int64_t grain = grain_for(n * std::min(samples, samples_per_task));
@@ -104,8 +104,8 @@ void pl_log_prob_double_backward(const double* direction, const double* grad, Te
   for_rows(logits, samples, threads, [=](int64_t r, PlackettLuce& distribution) {
     std::fill(grad_logits + r * n, grad_logits + (r + 1) * n, 0.0);
     for (int64_t s = 0; s < samples; ++s) {
-      grad_grad[s * rows + r] = distribution.add_second_gradient(
-          load_drawn(indices, s, r), k, grad[s * rows + r], direction + r * n, grad_logits + r * n);
+      grad_grad[s * rows + r] = distribution.add_second_gradient(load_drawn(indices, s, r), k, grad[s * rows + r],
+                                                                 direction + r * n, grad_logits + r * n);
     }
   });
 }

@@ -27,8 +27,8 @@ struct FrameTask {
   int64_t unranked;    // tokens of earlier frames of the video that were not kept by score
   int64_t first_pick;  // uniform picks of earlier frames
   int64_t picks;
-  int64_t out;         // kept tokens before this frame
-  int64_t length;      // its tokens
+  int64_t out;     // kept tokens before this frame
+  int64_t length;  // its tokens
   UniformFill fill;
 };
 
@@ -41,8 +41,7 @@ void list_frames(Videos videos, const int64_t* counts, std::vector<FrameTask>& t
     for (int64_t f = 0; f < p.frames; ++f, ++row, token += p.tokens_per_frame) {
       const int64_t next = unranked + p.tokens_per_frame - counts[row];
       const int64_t last_pick = fill.below(next);
-      tasks.push_back({row, token, counts[row], unranked, pick, last_pick - pick, out,
-                       p.tokens_per_frame, fill});
+      tasks.push_back({row, token, counts[row], unranked, pick, last_pick - pick, out, p.tokens_per_frame, fill});
       out += counts[row] + last_pick - pick;
       unranked = next;
       pick = last_pick;

@@ -120,8 +120,7 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
       // A few chunks a thread even out unequal rows.
       const int64_t size = std::max(grain, (count + 4 * useful - 1) / (4 * useful));
       const int64_t chunks = (count + size - 1) / size;
-      p.run(chunks, static_cast<int>(useful - 1),
-            [&](int64_t i) { body(i * size, std::min(count, (i + 1) * size)); });
+      p.run(chunks, static_cast<int>(useful - 1), [&](int64_t i) { body(i * size, std::min(count, (i + 1) * size)); });
       return;
     }
   }

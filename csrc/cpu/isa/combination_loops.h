@@ -19,13 +19,13 @@ constexpr int64_t group_width(int64_t largest_group) {
 // without a chance (-inf and NaN). Arrays of slots are padded to a multiple of 16, and so are those of groups.
 struct FrameSpace {
   int64_t width;
-  uint32_t* order;       // [P + width] tokens by rank
-  uint32_t* token;       // [G * width] token in the frame
-  float* weight;         // inside the group
+  uint32_t* order;  // [P + width] tokens by rank
+  uint32_t* token;  // [G * width] token in the frame
+  float* weight;    // inside the group
   float* log_weight;
-  float* exps;           // scratch
-  int64_t* fixed;        // scratch
-  double* share;         // [G] probability of every group that can be drawn, then 0
+  float* exps;     // scratch
+  int64_t* fixed;  // scratch
+  double* share;   // [G] probability of every group that can be drawn, then 0
   float* log_share;
   uint32_t* cumulative;  // running sums of the share weights
   int64_t open;          // groups that can be drawn
@@ -38,10 +38,10 @@ struct FrameDraws {
   int64_t frame, video;  // who the frame is to the generator
   uint64_t seed;
   uint32_t step;
-  int64_t token_base;    // added to every token of the output
-  int64_t* tokens;       // of sample s at tokens + s * token_stride, ascending
+  int64_t token_base;  // added to every token of the output
+  int64_t* tokens;     // of sample s at tokens + s * token_stride, ascending
   int64_t token_stride;
-  int64_t* groups;       // of sample s at groups[s * frame_stride]
+  int64_t* groups;  // of sample s at groups[s * frame_stride]
   float* log_prob;
   int64_t frame_stride;
 };

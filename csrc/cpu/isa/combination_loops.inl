@@ -207,14 +207,14 @@ void draw_groups(const FrameSpace& f, const FrameDraws& d, int32_t* groups) {
 // A few samples of a frame, step by step for all of them: each step reads what the last one wrote long before.
 struct SlotBlock {
   static constexpr int size = 512;
-  alignas(64) uint32_t token[size];  // in the frame
+  alignas(64) uint32_t token[size];   // in the frame
   alignas(64) uint32_t column[size];  // in the video
   alignas(64) uint32_t stream_sample[size];
-  alignas(64) uint32_t key[size];      // random bits, then perturbed keys
-  alignas(64) uint32_t drawn[size];    // tokens drawn from the slots of a vector, one sample after the other
+  alignas(64) uint32_t key[size];    // random bits, then perturbed keys
+  alignas(64) uint32_t drawn[size];  // tokens drawn from the slots of a vector, one sample after the other
   alignas(64) float score[size];
   alignas(64) float weight[size];
-  alignas(64) float log_prob[size];    // of the sample, in each of its slots
+  alignas(64) float log_prob[size];  // of the sample, in each of its slots
 };
 
 template <int slots>

@@ -4,8 +4,8 @@
 #include <immintrin.h>
 #endif
 
-#include "isa/hot_loops.h"
 #include "isa/combination_loops.inl"
+#include "isa/hot_loops.h"
 #include "isa/noise_loops.inl"
 #include "isa/pool_frame.inl"
 #include "isa/row_loops.inl"
@@ -14,7 +14,8 @@
 namespace cacovid::cpu {
 
 extern const HotLoops CACOVID_LOOPS;
-const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME,      load_keys,         top_masks,      set_ranked_zeros, list_bits,
-                                pool_frame,              &combination_loop_table, &noise_loop_table, &row_loop_table};
+const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME,      load_keys,         top_masks,
+                                set_ranked_zeros,        list_bits,         pool_frame,
+                                &combination_loop_table, &noise_loop_table, &row_loop_table};
 
 }  // namespace cacovid::cpu

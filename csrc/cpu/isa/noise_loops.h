@@ -17,8 +17,8 @@ struct NoiseLoops {
 
   // Order keys of score + Gumbel noise; 0 where the score is -inf or NaN. `keys` and `columns`, who each element is
   // to the generator, hold padded(n); so does out.keys.
-  void (*perturb)(const uint32_t* keys, const uint32_t* columns, int64_t n, const NoiseRow& row,
-                  uint32_t stream_sample, KeyRow& out);
+  void (*perturb)(const uint32_t* keys, const uint32_t* columns, int64_t n, const NoiseRow& row, uint32_t stream_sample,
+                  KeyRow& out);
 
   // e^(x - top) for x <= top; 0 for -inf and NaN.
   void (*exp_below)(const double* x, int64_t n, double top, double* e);

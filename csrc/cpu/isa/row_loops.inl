@@ -129,7 +129,9 @@ inline float load_sum(bf16_t x) { return load_float(x); }
 inline float load_sum(f16_t x) { return load_float(x); }
 inline void store_sum(double* to, double x) { *to = x; }
 template <class T>
-inline void store_sum(T* to, float x) { store_float(to, x); }
+inline void store_sum(T* to, float x) {
+  store_float(to, x);
+}
 
 template <class T>
 void sum_rows_as(const T* rows, int64_t columns, const int64_t* positions, int64_t count, T* target) {
@@ -186,9 +188,8 @@ void with_float_type(DType dtype, const As& as) {
 
 void rotate_rows(const RowCopy& rows, DType dtype, int64_t columns, int64_t half, const float* cos, const float* sin,
                  const int64_t* index, int64_t count) {
-  with_float_type(dtype, [&](auto zero) {
-    rotate_rows_as<decltype(zero)>(rows, columns, half, cos, sin, index, count);
-  });
+  with_float_type(dtype,
+                  [&](auto zero) { rotate_rows_as<decltype(zero)>(rows, columns, half, cos, sin, index, count); });
 }
 
 void sum_rows(const void* rows, DType dtype, int64_t columns, const int64_t* positions, int64_t count, void* target) {

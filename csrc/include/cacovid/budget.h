@@ -62,7 +62,7 @@ struct UniformFill {
   int64_t count = 0;
   int64_t unranked = 0;
   bool float_ranks = false;
-  float last = 0, step = 0;     // of the float32 linspace
+  float last = 0, step = 0;    // of the float32 linspace
   double picks_per_token = 0;  // for a first guess of `below`
 
   CACOVID_HD UniformFill() {}

@@ -60,14 +60,14 @@ CACOVID_HD int32_t split_exponent(float x, float* mantissa) {
   return exponent;
 }
 
-// ln(x) for a positive normal x, error below 1.1 units in the last place outside [2/3, 4/3).
+// ln(x) for a positive normal x, relative error below 1.1e-7.
 CACOVID_HD float ln_float(float x) {
   float mantissa;
   const int32_t exponent = split_exponent(x, &mantissa);
   return fma_exact(static_cast<float>(exponent), 0.69314718056f, ln_1p_core(mantissa - 1.0f));
 }
 
-// e^x for x <= 0, relative error below 1.1e-7; 0 below -87 and for NaN. x = n ln 2 + r, e^r = 1 + r + r^2 q(r).
+// e^x for x <= 0, relative error below 1e-7; 0 below -87 and for NaN. x = n ln 2 + r, e^r = 1 + r + r^2 q(r).
 CACOVID_HD float exp_float(float x) {
   const bool tiny = !(x >= -87.0f);
   x = tiny ? 0.0f : x;

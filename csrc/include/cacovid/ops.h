@@ -1,5 +1,5 @@
-// The whole core API. No function allocates an output, aborts, or throws anything but std::bad_alloc; shapes are the caller's duty
-// (python/ checks them), values never are: any score, index or NaN is memory-safe.
+// The whole core API. No function allocates an output, aborts, or throws anything but std::bad_alloc; shapes are the
+// caller's duty (python/ checks them), values never are: any score, index or NaN is memory-safe.
 #pragma once
 
 #include "cacovid/budget.h"
@@ -38,8 +38,8 @@ struct DrawKey {
 
 // logits [R, N] f32 | f16 | bf16 -> indices [samples, R, k] i64 in draw order, padded with -1 where fewer than k
 // have a chance; log_prob [samples, R] of the ordered draw; status [R] i32.
-void gumbel_topk(Tensor logits, int64_t k, int64_t samples, DrawKey key, int threads, int64_t* indices,
-                 float* log_prob, int32_t* status);
+void gumbel_topk(Tensor logits, int64_t k, int64_t samples, DrawKey key, int threads, int64_t* indices, float* log_prob,
+                 int32_t* status);
 
 // logits [R, N] f64 | f32 | f16 | bf16, indices [S, R, k] i64 -> log_prob [S, R] of the ordered draws.
 void pl_log_prob(Tensor logits, Tensor indices, int threads, double* log_prob);
@@ -94,8 +94,8 @@ void scatter_rows(const Tensor* grads, const RowSum* sums, int64_t count, const 
 // ---- repack -------------------------------------------------------------------------------------
 // The rows that every head of a cache [B, H, N, D] keeps, for the tensors that share them.
 struct KeptRows {
-  const int64_t* index;           // positions: [b, h, per_head], or head after head where cu_seqlens is set
-  const int32_t* cu_seqlens;      // [B * H + 1] bounds of the heads in `index`; null: per_head rows each
+  const int64_t* index;       // positions: [b, h, per_head], or head after head where cu_seqlens is set
+  const int32_t* cu_seqlens;  // [B * H + 1] bounds of the heads in `index`; null: per_head rows each
   int64_t per_head;
   int64_t batch_step, head_step;  // in lists of per_head rows, 0 where all batch rows or heads share one
   const float* cos;               // rotation of the keys, one row of `half` for every row kept; null: none
@@ -111,8 +111,8 @@ enum class Placement : int32_t {
 };
 
 struct CacheTensor {
-  Tensor x;        // [B, H, N, D], any dtype and strides; a float type if rotated
-  int64_t kept;    // which KeptRows
+  Tensor x;      // [B, H, N, D], any dtype and strides; a float type if rotated
+  int64_t kept;  // which KeptRows
   bool rotated;
   Placement placement;
   void* target;

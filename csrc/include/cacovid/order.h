@@ -21,8 +21,6 @@ inline __attribute__((always_inline)) uint32_t order_key(float x) {
 inline __attribute__((always_inline)) uint64_t rank_word(uint32_t key, uint32_t index) {
   return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~index);
 }
-inline __attribute__((always_inline)) uint32_t rank_index(uint64_t word) {
-  return ~static_cast<uint32_t>(word);
-}
+inline __attribute__((always_inline)) uint32_t rank_index(uint64_t word) { return ~static_cast<uint32_t>(word); }
 
 }  // namespace cacovid

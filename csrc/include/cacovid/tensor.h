@@ -10,7 +10,7 @@ namespace cacovid {
 constexpr int max_dims = 8;
 
 struct Tensor {
-  void* data = nullptr;        // first element; may be null when the tensor is empty or absent
+  void* data = nullptr;  // first element; may be null when the tensor is empty or absent
   DType dtype = DType::f32;
   int32_t ndim = 0;
   int64_t sizes[max_dims] = {};
@@ -31,7 +31,9 @@ struct Tensor {
     return true;
   }
   template <class T>
-  T* as() const { return static_cast<T*>(data); }
+  T* as() const {
+    return static_cast<T*>(data);
+  }
 };
 
 }  // namespace cacovid
