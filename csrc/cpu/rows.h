@@ -21,15 +21,6 @@ inline Row row_of(const Tensor& t, int64_t index, int64_t start) {
   return {offset(t, index / t.sizes[1] * t.strides[0] + index % t.sizes[1] * t.strides[1]), t.strides[2]};
 }
 
-// Asks for a row that is read soon: the search for a threshold leaves time to fetch the next scores.
-inline void prefetch(const Row& row, DType dtype, int64_t n) {
-  constexpr int64_t line = 64, most = 4096;
-  if (row.stride != 1) return;
-  const char* bytes = static_cast<const char*>(row.data);
-  const int64_t size = n * item_size(dtype);
-  for (int64_t at = 0; at < (size < most ? size : most); at += line) __builtin_prefetch(bytes + at);
-}
-
 // Element `i` of a row as float.
 inline float load_element(const Row& row, DType dtype, int64_t i) {
   switch (dtype) {

@@ -49,9 +49,6 @@ void list_frames(Videos videos, const int64_t* counts, std::vector<FrameTask>& t
   }
 }
 
-// How many rows of n scores are searched together: as many as the first cache has room for, at least four.
-int64_t rows_together(int64_t n) { return std::clamp<int64_t>(8192 / (padded(n) + 1), 4, batch_rows); }
-
 // A few rows of n scores whose best positions are searched together, as bit masks.
 class TopRows {
  public:
@@ -117,15 +114,11 @@ void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool
   parallel_for(rows, frames_per_task, threads, [=](int64_t first, int64_t last) {
     for (int64_t i = first, rows = 0; i < last; i += rows) {
       const int64_t n = all[i].length;
-      const int64_t most = std::min(i + rows_together(n), last);
-      for (rows = 1; i + rows < most && all[i + rows].length == n;) ++rows;
+      for (rows = 1; rows < batch_rows && i + rows < last && all[i + rows].length == n;) ++rows;
       TopRows top(n, rows);
       for (int64_t r = 0; r < rows; ++r) {
         const FrameTask& task = all[i + r];
         flags[i + r] = top.load(r, row_of(token_scores, task.row, task.token), token_scores.dtype, task.ranked);
-      }
-      for (int64_t j = i + rows; j < std::min(i + 2 * rows, last); ++j) {
-        prefetch(row_of(token_scores, all[j].row, all[j].token), token_scores.dtype, all[j].length);
       }
       top.find();
       for (int64_t r = 0; r < rows; ++r) emit_frame(all[i + r], top.mask(r), indices + all[i + r].out);
@@ -152,14 +145,10 @@ void segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int
   parallel_for(segments, frames_per_task, threads, [=](int64_t first, int64_t last) {
     const auto length = [&](int64_t s) { return offsets[s + 1] - offsets[s]; };
     for (int64_t i = first, rows = 0; i < last; i += rows) {
-      const int64_t most = std::min(i + rows_together(length(i)), last);
-      for (rows = 1; i + rows < most && length(i + rows) == length(i);) ++rows;
+      for (rows = 1; rows < batch_rows && i + rows < last && length(i + rows) == length(i);) ++rows;
       TopRows top(length(i), rows);
       for (int64_t s = i; s < i + rows; ++s) {
         status[s] = top.load(s - i, row_of(scores, s, offsets[s]), scores.dtype, k[s]);
-      }
-      for (int64_t s = i + rows; s < std::min(i + 2 * rows, last); ++s) {
-        prefetch(row_of(scores, s, offsets[s]), scores.dtype, length(s));
       }
       top.find();
       for (int64_t s = i; s < i + rows; ++s) {

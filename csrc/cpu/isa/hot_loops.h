@@ -15,7 +15,7 @@ struct FrameShape {
   int64_t rows, columns, row_stride, column_stride;  // strides in elements
 };
 
-constexpr int64_t batch_rows = 16;  // most rows of one call of top_masks: their keys fit the first cache
+constexpr int64_t batch_rows = 4;  // most rows of one call of top_masks
 
 // A row's keys (padded(n) of them) and what loading found out about them.
 struct KeyRow {

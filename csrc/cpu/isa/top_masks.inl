@@ -98,30 +98,20 @@ struct Search {
   }
 };
 
-// Runs all searches to their end, four at a time: a row that is done makes room for the next one.
-void run_searches(const KeyRow* rows, int64_t n, int64_t count, Search* search) {
-  constexpr int lanes = 4;
-  int64_t row[lanes], next = 0;
-  int step[lanes];
-  const auto take = [&](int lane) {
-    while (next < count && !search[next].open()) ++next;
-    row[lane] = next < count ? next++ : -1;
-    step[lane] = 0;
-  };
-  for (int l = 0; l < lanes; ++l) take(l);
-  while (row[0] >= 0 || row[1] >= 0 || row[2] >= 0 || row[3] >= 0) {
-    uint32_t middle[lanes];
-    int64_t reached[lanes];
-    for (int l = 0; l < lanes; ++l) {
-      if (row[l] >= 0) middle[l] = search[row[l]].probe(++step[l]);
+template <int count>
+void search_rows(const KeyRow* rows, int64_t n, Search* search) {
+  for (int step = 1;; ++step) {
+    bool open = false;
+    uint32_t middle[count];
+    int64_t reached[count];
+    for (int r = 0; r < count; ++r) {
+      open |= search[r].open();
+      middle[r] = search[r].open() ? search[r].probe(step) : static_cast<uint32_t>(search[r].low);
     }
-    for (int l = 0; l < lanes; ++l) {
-      if (row[l] >= 0) reached[l] = count_at_least(rows[row[l]].keys, n, middle[l]);
-    }
-    for (int l = 0; l < lanes; ++l) {
-      if (row[l] < 0) continue;
-      search[row[l]].narrow(middle[l], reached[l]);
-      if (!search[row[l]].open()) take(l);
+    if (!open) return;
+    for (int r = 0; r < count; ++r) reached[r] = count_at_least(rows[r].keys, n, middle[r]);
+    for (int r = 0; r < count; ++r) {
+      if (search[r].open()) search[r].narrow(middle[r], reached[r]);
     }
   }
 }
@@ -155,7 +145,11 @@ void top_masks(const KeyRow* rows, int64_t n, int64_t count, const int64_t* k, u
     const bool trivial = k[r] <= 0 || k[r] >= n;
     search[r] = {rows[r].smallest, static_cast<uint64_t>(rows[r].largest) + 1, trivial ? k[r] : n, 0, k[r]};
   }
-  run_searches(rows, n, count, search);
+  if (count == batch_rows) {
+    search_rows<batch_rows>(rows, n, search);
+  } else {
+    for (int64_t r = 0; r < count; ++r) search_rows<1>(rows + r, n, search + r);
+  }
   for (int64_t r = 0; r < count; ++r) {
     if (k[r] > 0 && k[r] < n) {
       mark(rows[r].keys, n, search[r], masks[r]);
