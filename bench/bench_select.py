@@ -112,9 +112,12 @@ def bench_select(race, frames, target, contestant):
     inputs = [
         (torch.randn(frames, P, generator=generator), torch.randn(frames, generator=generator)) for _ in range(200)
     ]
-    expected = ours(*inputs[0])
-    found = CONTESTANTS[contestant](*inputs[0])
-    assert torch.equal(found, expected)
+    kept, found = ours(*inputs[0]), CONTESTANTS[contestant](*inputs[0])
+    if contestant in ("published formula", "torch.compile of it"):
+        # The former merges close scores in its softmax, the latter rounds the linspace of the fill otherwise.
+        assert len(set(kept.tolist()) ^ set(found.tolist())) <= kept.numel() / 100
+    else:
+        assert torch.equal(kept, found)
     race(f"select {frames} x {P}, keep 10%", contestant, CONTESTANTS[contestant], inputs, {"fastest torch": target})
 
 

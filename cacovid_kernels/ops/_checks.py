@@ -100,8 +100,8 @@ def parse_grid(op: str, grid_thw: Sequence[Sequence[int]] | Tensor | None, score
                 f"{op}: grid_thw is needed for packed scores (scores: {describe(scores)}). "
                 f"Pass (frames, rows, columns) per video, or scores of shape [T, P] or [B, T, P]."
             )
-        t, p = scores.shape[-2:]
-        grid: Grid = ((t, 1, p),) * (1 if scores.dim() == 2 else scores.shape[0])
+        *b, t, p = scores.shape
+        grid: Grid = ((t, 1, p),) * (b[0] if b else 1)
     else:
         rows = on_host(op, "grid_thw", grid_thw)
         if not isinstance(rows, Sequence) or (len(rows) == 3 and is_one_int(rows[0])):
@@ -118,6 +118,8 @@ def parse_grid(op: str, grid_thw: Sequence[Sequence[int]] | Tensor | None, score
 class Budget(NamedTuple):
     """What the host knows about every video's budget before it sees a score."""
 
+    frames: int  # over all videos
+    tokens: int
     grid: list[int]  # frames, rows, columns of every video in one list, as the ops take it
     num_keep: list[int]
     keep_ratio: list[float]
@@ -187,7 +189,8 @@ def _plan_budget(
             f'its share. Raise it, or pass mode="official", which lets frames exceed it.'
         )
     caps = [1.5 * r if max_frame_ratio is None else float(max_frame_ratio) for r in ratios]
-    return Budget([n for video in grid for n in video], kept, ratios, caps)
+    frames, tokens = sum(t for t, _, _ in grid), sum(t * h * w for t, h, w in grid)
+    return Budget(frames, tokens, [n for video in grid for n in video], kept, ratios, caps)
 
 
 _known_budget = lru_cache(maxsize=1024)(_plan_budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,9 +57,8 @@ _segmented_topk = Op(
 )
 
 
-def _check_frames(op: str, frame_scores: Tensor, grid: Grid) -> None:
+def _check_frames(op: str, frame_scores: Tensor, frames: int) -> None:
     check_scores(op, "frame_scores", frame_scores)
-    frames = sum(t for t, _, _ in grid)
     if frame_scores.numel() != frames or not 1 <= frame_scores.dim() <= 2:
         raise ValueError(
             f"{op}: frame_scores must hold one score for each of the {frames} frames of grid_thw "
@@ -112,11 +112,11 @@ def allocate_budget(
     if grid_thw is None:
         raise ValueError(f"{op}: grid_thw is needed. Pass (frames, rows, columns) per video.")
     grid = parse_grid(op, grid_thw, frame_scores)
-    _check_frames(op, frame_scores, grid)
     check_choice(op, "mode", mode, ("official", "strict"))
     check_choice(op, "check", check, ("flag", "raise"))
     strict = mode == "strict"
     b = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict)
+    _check_frames(op, frame_scores, b.frames)
     frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
     counts, status = _allocate_budget(
         frame_scores, b.grid, b.num_keep, b.keep_ratio, float(importance_ratio), b.max_frame_ratio, strict
@@ -177,32 +177,39 @@ def select_tokens(
     """
     op = "select_tokens"
     check_scores(op, "token_scores", token_scores)
-    check_choice(op, "fill", fill, ("uniform", "none"))
-    check_choice(op, "order", order, ("index", "score"))
-    check_choice(op, "mode", mode, ("official", "strict"))
-    check_choice(op, "check", check, ("flag", "raise"))
+    options = _options if torch.compiler.is_compiling() else _known_options
+    strict, uniform, by_score = options(op, mode, fill, order, check)
     grid = parse_grid(op, grid_thw, token_scores)
-    tokens = sum(t * h * w for t, h, w in grid)
-    if token_scores.numel() != tokens or not 1 <= token_scores.dim() <= 3:
+    b = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, uniform)
+    if token_scores.numel() != b.tokens or not 1 <= token_scores.dim() <= 3:
         raise ValueError(
-            f"{op}: token_scores must hold one score for each of the {tokens} tokens of grid_thw={list(grid)} "
+            f"{op}: token_scores must hold one score for each of the {b.tokens} tokens of grid_thw={list(grid)} "
             f"(token_scores: {describe(token_scores)}). Pass [N], [T, P] or [B, T, P]."
         )
     if frame_scores is not None:
-        _check_frames(op, frame_scores, grid)
+        _check_frames(op, frame_scores, b.frames)
         check_same_device(op, "frame_scores", frame_scores, "token_scores", token_scores)
         frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
-    strict, uniform = mode == "strict", fill == "uniform"
-    b = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, uniform)
     # A number of tokens that nothing fills up is all chosen by score.
     importance = float(importance_ratio) if uniform or num_tokens is None else 1.0
     indices, frame_counts, status = _select_tokens(
         _rows_of_frames(token_scores, grid), frame_scores, b.grid, b.num_keep, b.keep_ratio, importance,
-        b.max_frame_ratio, strict, uniform, order == "score",
+        b.max_frame_ratio, strict, uniform, by_score,
     )  # fmt: skip
     if check == "raise":
         raise_if_flagged(op, status, "video")
     return Selection(indices, frame_counts, status, tuple(b.num_keep), grid)
+
+
+def _options(op: str, mode: str, fill: str, order: str, check: str) -> tuple[bool, bool, bool]:
+    check_choice(op, "fill", fill, ("uniform", "none"))
+    check_choice(op, "order", order, ("index", "score"))
+    check_choice(op, "mode", mode, ("official", "strict"))
+    check_choice(op, "check", check, ("flag", "raise"))
+    return mode == "strict", fill == "uniform", order == "score"
+
+
+_known_options = lru_cache(maxsize=64)(_options)
 
 
 def _rows_of_frames(scores: Tensor, grid: Grid) -> Tensor:
