@@ -85,7 +85,7 @@ int main(int argc, char** argv) {
     });
   }
   for (std::thread& thread : threads) thread.join();
-  all.add(check_block(0, 1));  // the largest noises
+  all.add(check_block(0, 1));                              // the largest noises
   all.add(check_block(((uint64_t{1} << 32) - block), 1));  // the smallest
   std::printf("%s: %" PRIu64 " inputs, range [%.6f, %.6f], error %.4g, checksum %016" PRIx64 "\n",
               cacovid::cpu::isa_name(), inputs, static_cast<double>(all.least), static_cast<double>(all.most),
