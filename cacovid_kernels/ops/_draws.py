@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from operator import index
+from typing import Any
+
+import torch
+
 from cacovid_kernels.reference.random import FIRST_RESERVED_STREAM
 
 MOST_SAMPLES = 2**24
 
 
-def check_key(op: str, seed: int, step: int, stream: int = 0) -> int:
-    """The seed as the signed 64-bit number with the same bits, or ValueError."""
+def as_int(op: str, name: str, value: Any) -> int:
+    """A plain or symbolic int from whatever counts as one, or TypeError."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name}={value!r} must be an integer. Pass a Python int.") from None
+
+
+def check_key(op: str, seed: Any, step: Any, stream: Any = 0) -> tuple[int, int, int]:
+    """Seed, as the signed 64-bit number with the same bits, step and stream; or ValueError."""
+    seed, step, stream = as_int(op, "seed", seed), as_int(op, "step", step), as_int(op, "stream", stream)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed={seed} must be in [-2^63, 2^64). Its 64 bits are the key.")
     if not 0 <= step < 2**32:
         raise ValueError(f"{op}: step={step} must be in [0, 2^32). Pass the number of the training step.")
     if not 0 <= stream < FIRST_RESERVED_STREAM:
         raise ValueError(f"{op}: stream={stream} must be in [0, {FIRST_RESERVED_STREAM}). Higher ones are reserved.")
-    return seed - 2**64 if seed >= 2**63 else seed
+    return seed - 2**64 if seed >= 2**63 else seed, step, stream
 
 
-def check_samples(op: str, name: str, value: int, least: int) -> None:
-    """`value` is in [least, 2^24], or ValueError."""
+def check_samples(op: str, name: str, value: Any, least: int) -> int:
+    """`value` as an int in [least, 2^24], or ValueError."""
+    value = as_int(op, name, value)
     if not least <= value <= MOST_SAMPLES:
-        raise ValueError(f"{op}: {name}={value} must be in [{least}, 2^24].")
+        raise ValueError(f"{op}: {name}={value} must be in [{least}, 2^24]. Draw the rest at another step.")
+    return value

@@ -183,9 +183,9 @@ def sample_combinations(
     check_scores(_OP, "token_scores", token_scores)
     check_choice(_OP, "mode", mode, ("official", "strict"))
     check_choice(_OP, "check", check, ("flag", "raise"))
-    check_samples(_OP, "num_samples", num_samples, 1)
-    check_samples(_OP, "num_frame_samples", num_frame_samples, 0)
-    seed = check_key(_OP, seed, step)
+    num_samples = check_samples(_OP, "num_samples", num_samples, 1)
+    num_frame_samples = check_samples(_OP, "num_frame_samples", num_frame_samples, 0)
+    seed, step, _ = check_key(_OP, seed, step)
     grid = parse_grid(_OP, grid_thw, token_scores)
     tokens = sum(t * h * w for t, h, w in grid)
     if token_scores.numel() != tokens or not 1 <= token_scores.dim() <= 3:
@@ -201,7 +201,8 @@ def sample_combinations(
         frame_scores = _check_frames(frame_scores, token_scores, grid)
     strict = mode == "strict"
     parse = _parse_space if torch.compiler.is_compiling() else _cached_space
-    space = parse(grid, keep_ratio, group_size, max_group_prob, frame_ratio, strict)
+    ratios = float(keep_ratio), float(group_size), float(max_group_prob), float(frame_ratio)
+    space = parse(grid, *ratios, strict)
     indices, groups, log_prob, frame_indices, frame_log_prob, status = _sample_combinations(
         _rows_of_frames(token_scores, grid), frame_scores, space.grid, num_samples, space.num_draw,
         space.num_groups, space.group_cap, num_frame_samples, space.num_frames, strict, seed, step,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cacovid_kernels._library import NAMESPACE, Op, library, refuse_tangents
 from cacovid_kernels.ops._checks import check_choice, check_same_device, check_scores, describe
-from cacovid_kernels.ops._draws import check_key, check_samples
+from cacovid_kernels.ops._draws import as_int, check_key, check_samples
 from cacovid_kernels.selection import raise_if_flagged
 
 
@@ -136,14 +136,13 @@ def gumbel_topk(
     check_choice(op, "check", check, ("flag", "raise"))
     if logits.dim() < 1:
         raise ValueError(f"{op}: logits must be [..., N] (logits: {describe(logits)}). Add a dimension.")
+    k = as_int(op, "k", k)
     if not 0 <= k <= logits.shape[-1]:
         raise ValueError(f"{op}: k={k} must be in [0, N={logits.shape[-1]}] (logits: {describe(logits)}). Lower k.")
-    if num_samples is not None:
-        check_samples(op, "num_samples", num_samples, 0)
-    seed = check_key(op, seed, step, stream)
+    samples = 1 if num_samples is None else check_samples(op, "num_samples", num_samples, 0)
+    seed, step, stream = check_key(op, seed, step, stream)
     lead = logits.shape[:-1]
     rows = logits if logits.dim() == 2 else logits.reshape(lead.numel(), logits.shape[-1])
-    samples = 1 if num_samples is None else num_samples
     indices, log_prob, status = _gumbel_topk(rows.detach(), k, samples, seed, step, stream)
     if logits.requires_grad and torch.is_grad_enabled():
         log_prob = _pl_log_prob(rows, indices)
