@@ -46,7 +46,7 @@ STATISTICS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("contestant", STATISTICS)
 def bench_frame_pool(race, dtype, contestant):
-    targets = {"published formula": 15 if dtype is torch.bfloat16 else 8}
+    targets = {"published formula": 15}
     call = STATISTICS[contestant]
     race(
         f"frame means, row norms {dtype}".replace("torch.", ""),
