@@ -12,7 +12,7 @@ from cacovid_kernels.reference.random import FIRST_RESERVED_STREAM
 MOST_SAMPLES = 2**24
 
 
-def as_int(op: str, name: str, value: Any) -> int:
+def as_int(op: str, name: str, value: Any) -> Any:
     """A plain or symbolic int from whatever counts as one, or TypeError."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value

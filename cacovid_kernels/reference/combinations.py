@@ -216,12 +216,14 @@ def sample_combinations(
         status.append(flags.reshape(1))
         tokens += t * p
         frames += t
-    empty = token_scores.new_empty(num_frame_samples, 0)
+    if not frame_indices:
+        frame_indices = [token_scores.new_empty(0, sum(num_frames), dtype=torch.int64)]
+        frame_log_prob = [token_scores.new_empty(0, len(num_draw), dtype=torch.float32)]
     return (
         torch.cat(indices, 1),
         torch.cat(groups, 1),
         torch.cat(log_prob, 1),
-        torch.cat(frame_indices, 1) if frame_indices else empty.long(),
-        torch.cat(frame_log_prob, 1) if frame_log_prob else empty.float(),
+        torch.cat(frame_indices, 1),
+        torch.cat(frame_log_prob, 1),
         torch.cat(status),
     )
