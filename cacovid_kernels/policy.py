@@ -196,6 +196,8 @@ class CompressionPolicy(nn.Module):
             ValueError: only pickled weights are there, or a tensor is missing, unknown or of another shape.
         """
         path = Path(folder)
+        if not path.exists():
+            raise FileNotFoundError(f"from_pretrained: {path} does not exist. Give the folder of a checkpoint.")
         if config is None:
             file = (path if path.is_dir() else path.parent) / "config.json"
             config = PolicyConfig.from_dict(json.loads(file.read_text()))

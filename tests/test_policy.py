@@ -469,3 +469,8 @@ def test_language_model_errors():
         ck.CompressionPolicy.from_language_model(state | {"other." + k: v for k, v in state.items()}, config)
     with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight is \[48, 32\], must be \[64, 32\]"):
         ck.CompressionPolicy.from_language_model(state, {**config, "intermediate_size": 64})
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(FileNotFoundError, match="from_pretrained: nowhere does not exist"):
+        ck.CompressionPolicy.from_pretrained("nowhere")
