@@ -1,4 +1,8 @@
-"""Renders the tables between `<!-- results:NAME -->` and `<!-- end -->` of README.md from bench/results/NAME.jsonl."""
+"""Renders bench/results/NAME.jsonl: all of it as bench/results/NAME.md, the rows with an aim into README.md.
+
+The README's tables stand between `<!-- results:NAME -->` and `<!-- end -->`. With `--check` nothing is written and
+the exit code says whether both are what the results say.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,38 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
-def table(name: str) -> str:
+def table(name: str, with_aim_only: bool) -> str:
     """Markdown table of one results file: a line per op, shape and baseline."""
-    path = ROOT / "bench" / "results" / f"{name}.jsonl"
-    header, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    header, *rows = (json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines())
     lines = ["| op | baseline | ratio | aim |", "| --- | --- | ---: | ---: |"]
     for row in rows:
         for baseline, ratio in row["ratios"].items():
             aim = row["targets"].get(baseline)
-            lines.append(f"| {row['group']} | {baseline} | {ratio:.2f}x | {'' if aim is None else f'{aim:g}x'} |")
+            if aim is None and with_aim_only:
+                continue
+            verdict = "" if aim is None else f"{aim:g}x" if ratio >= aim else f"{aim:g}x, missed"
+            lines.append(f"| {row['group']} | {baseline} | {ratio:.2f}x | {verdict} |")
     source = f"commit {header['commit']}, torch {header['torch']}, {header['cpu_isa']}, {header['threads']} thread"
-    return "\n".join([*lines, "", f"[bench/results/{name}.jsonl](bench/results/{name}.jsonl): {source}."])
+    return "\n".join([*lines, "", f"From [bench/results/{name}.jsonl](/bench/results/{name}.jsonl): {source}."])
 
 
-def render(text: str) -> str:
-    """README text with every results table made anew."""
+def rendered() -> dict[Path, str]:
+    """What every generated file has to hold."""
+    readme = ROOT / "README.md"
     pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.S)
-    return pattern.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
+    text = readme.read_text()
+    files = {readme: pattern.sub(lambda m: f"{m[1]}{table(m[2], True)}\n{m[3]}", text)}
+    for _, name, _ in pattern.findall(text):
+        files[RESULTS / f"{name}.md"] = f"# Every ratio of one run\n\n{table(name, False)}\n"
+    return files
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = render(before)
-    if "--check" in sys.argv:
-        sys.exit("README.md is not what bench/results says. Run: python bench/readme.py" if after != before else 0)
-    readme.write_text(after)
+    for path, text in rendered().items():
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path.relative_to(ROOT)} is not what bench/results says. Run: python bench/readme.py")

@@ -7,6 +7,8 @@ import importlib
 import pkgutil
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,9 @@ def test_repository_speaks_of_the_product_alone():
 def test_examples_run(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+def test_readme_tables_are_what_the_results_say():
+    command = [sys.executable, str(ROOT / "bench" / "readme.py"), "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
