@@ -267,7 +267,7 @@ def test_engine_equals_reference_on_anything(t, p, keep, size, seed, scale, hole
     options = {"keep_ratio": keep, "group_size": size, "seed": seed, "num_samples": samples, "mode": mode}
     groups = max(int(1 / keep / size), 1)
     if mode == "official" and (groups > p or not 1 <= round(keep * p) <= p // groups):
-        with pytest.raises(ValueError, match="keep_ratio|group_size"):
+        with pytest.raises(ValueError, match=r"keep_ratio|group_size"):
             sample(tokens, frames, **options)
         return
     results = both(lambda: sample(tokens, frames, frame_ratio=0.6, **options))
@@ -313,7 +313,7 @@ def test_tokens_without_a_chance_are_never_drawn(backend):
 def test_infinite_scores_take_all_the_probability(backend):
     scores = torch.zeros(1, 40)
     scores[0, 7] = INF
-    found = sample(scores, keep_ratio=0.1, num_samples=2000, group_size=2.5)
+    found = sample(scores, keep_ratio=0.1, num_samples=800, group_size=2.5)
     assert found.status.tolist() == [ck.Status.POSINF]
     share = (found.groups[1:] == 0).float().mean()
     assert share == pytest.approx(0.5, abs=0.05)  # four groups, cap 2 / 4

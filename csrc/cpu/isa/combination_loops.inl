@@ -8,10 +8,17 @@
 namespace cacovid::cpu {
 namespace {
 
-// Sixteen slots: the tokens of one group of up to 16, or of two groups of up to 8.
-typedef uint32_t Slots __attribute__((vector_size(64)));
-typedef float SlotValues __attribute__((vector_size(64)));
-static_assert(slot_block == 16 && noise_block == 16, "a block of noise is a vector of slots");
+constexpr int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Some slots of a group, signed because comparing unsigned words takes AVX2 several instructions. Not wider than the
+// registers of the instruction set: GCC takes wider vectors apart, element by element.
+#if defined(__AVX2__)
+constexpr int slot_lanes = 8;
+#else
+constexpr int slot_lanes = 4;
+#endif
+typedef int32_t Slots __attribute__((vector_size(4 * slot_lanes)));
+typedef float SlotValues __attribute__((vector_size(4 * slot_lanes)));
 
 // A ranking by the words of a network whose keys may have lost their low bits: neighbours that look equal are
 // ordered by their full keys. False if there are too many of them.
@@ -19,7 +26,9 @@ inline bool repair_ranks(const uint32_t* keys, int64_t n, uint32_t* words) {
   int32_t alike = 0;
   for (int64_t r = 1; r < n; ++r) alike += words[r] >> 8 == words[r - 1] >> 8;
   if (alike > 16) return false;
-  for (int64_t r = 1; alike > 0 && r < n; ++r) {
+  for (int64_t r = 1; alike > 0; ++r) {
+    if (words[r] >> 8 != words[r - 1] >> 8) continue;
+    --alike;
     for (int64_t j = r; j > 0 && words[j] >> 8 == words[j - 1] >> 8; --j) {
       if (keys[words[j - 1] & 255] >= keys[words[j] & 255]) break;  // of equal keys the lower index is first already
       const uint32_t word = words[j];
@@ -51,36 +60,40 @@ void rank_tokens(const KeyRow& row, int64_t n, uint32_t* order) {
   rank_by_sorting(row.keys, n, order);
 }
 
-constexpr int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
-
-// One step of a sorting network inside a vector: lane l meets lane l ^ flip, and keeps the smaller word if its
-// `bit` is clear, else the larger one.
-template <uint32_t flip, uint32_t bit>
-inline __attribute__((always_inline)) void meet(Slots& words) {
+// Sorts each run of 8 words, or of 16, by a bitonic network. In a step word l meets word l ^ flip; the one whose `bit`
+// is clear keeps the smaller word.
 #if defined(__AVX512F__)
-  const __m512i own = reinterpret_cast<__m512i>(words);
-  words = reinterpret_cast<Slots>(across<flip, bit>(own, own));
-#else
-  const Slots lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Slots met = __builtin_shuffle(words, lane ^ flip);
-  const Slots take = reinterpret_cast<Slots>(met < words) ^ reinterpret_cast<Slots>((lane & bit) != 0);
-  words = (met & take) | (words & ~take);
-#endif
+template <int flip, int bit>
+inline __attribute__((always_inline)) void meet(__m512i& words) {
+  words = across<flip, bit>(words, words);
 }
-
-// Sorts each half of 16 words, or all of them.
 template <int run>
 void sort_runs(uint32_t* words, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
-    Slots v;
-    std::memcpy(&v, words + i, sizeof v);
+    __m512i v = _mm512_loadu_si512(words + i);
+#else
+template <int flip, int bit, int run>
+inline __attribute__((always_inline)) void meet(uint32_t (&words)[run]) {
+  for (int l = 0; l < run; ++l) {
+    if (l & bit) continue;
+    const uint32_t a = words[l], b = words[l ^ flip];
+    words[l] = a < b ? a : b;
+    words[l ^ flip] = a < b ? b : a;
+  }
+}
+template <int run>
+void sort_runs(uint32_t* words, int64_t n) {
+  for (int64_t i = 0; i < n; i += run) {
+    uint32_t v[run];
+    std::memcpy(v, words + i, sizeof v);
+#endif
     meet<1, 1>(v);
     meet<3, 2>(v);
     meet<1, 1>(v);
     meet<7, 4>(v);
     meet<2, 2>(v);
     meet<1, 1>(v);
-    if (run == 16) {
+    if constexpr (run == 16) {
       meet<15, 8>(v);
       meet<4, 4>(v);
       meet<2, 2>(v);
@@ -185,36 +198,41 @@ void prepare(const KeyRow& row, const CombinationPlan& plan, FrameSpace& f) {
 
 void draw_groups(const FrameSpace& f, const FrameDraws& d, int32_t* groups) {
   const NoiseRow row = {d.seed, static_cast<uint32_t>(d.video), d.step};
-  const int64_t total = f.cumulative[f.open - 1];
-  uint32_t column[noise_block], stream_sample[noise_block], threshold[noise_block];
+  const int64_t total = f.cumulative[f.open - 1], n = padded16(d.count);
+  uint32_t column[noise_block], stream_sample[noise_block], bits[noise_block];
   for (uint32_t l = 0; l < noise_block; ++l) {
     column[l] = static_cast<uint32_t>(d.frame);
     stream_sample[l] = stream_word(stream_groups, static_cast<uint32_t>(d.first_sample) + l);
   }
-  for (int64_t s = 0; s < d.count; s += noise_block) {
-    random_block(column, stream_sample, row, threshold);
+  for (int64_t s = 0; s < n; s += noise_block) {
+    random_block(column, stream_sample, row, bits);
     for (int l = 0; l < noise_block; ++l) {
-      threshold[l] = static_cast<uint32_t>(share_threshold(threshold[l], total));
+      groups[s + l] = static_cast<int32_t>(share_threshold(bits[l], total));
       stream_sample[l] += noise_block;
     }
-    Slots found = {}, limit;
-    std::memcpy(&limit, threshold, sizeof limit);
-    for (int64_t g = 0; g < f.open - 1; ++g) found -= reinterpret_cast<Slots>(f.cumulative[g] <= limit);
+  }
+  for (int64_t s = 0; s < n; s += slot_lanes) {
+    Slots found = {}, threshold;
+    std::memcpy(&threshold, groups + s, sizeof threshold);
+    for (int64_t g = 0; g < f.open - 1; ++g) found -= static_cast<int32_t>(f.cumulative[g]) <= threshold;
     std::memcpy(groups + s, &found, sizeof found);
   }
 }
 
-// A few samples of a frame, step by step for all of them: each step reads what the last one wrote long before.
+// A few samples of a frame, step by step for all of them: each step reads what the last one wrote long before. Keys
+// and weights of a sample lie twice in a row, so that the rivals of all its slots are one load.
 struct SlotBlock {
   static constexpr int size = 512;
   alignas(64) uint32_t token[size];   // in the frame
   alignas(64) uint32_t column[size];  // in the video
   alignas(64) uint32_t stream_sample[size];
-  alignas(64) uint32_t key[size];    // random bits, then perturbed keys
-  alignas(64) uint32_t drawn[size];  // tokens drawn from the slots of a vector, one sample after the other
+  alignas(64) uint32_t bits[size];
   alignas(64) float score[size];
-  alignas(64) float weight[size];
-  alignas(64) float log_prob[size];  // of the sample, in each of its slots
+  alignas(64) int32_t key[size];  // of score + noise, in the order of signed words
+  alignas(64) int32_t rival_key[2 * size];
+  alignas(64) float weight[2 * size];
+  alignas(64) uint32_t drawn[2 * size];  // the sample's tokens that were drawn
+  alignas(64) float log_prob[size];      // of each slot's draw, 0 if it was not drawn
 };
 
 template <int slots>
@@ -223,88 +241,101 @@ void load_slots(const FrameSpace& f, const FrameDraws& d, const int32_t* groups,
   for (int64_t s = 0; s < count; ++s) {
     const int64_t at = s * slots, draw = first + s < d.count ? first + s : d.count - 1;  // a block may end in a repeat
     const int64_t group = groups[draw] * slots;
-    const Slots sample = Slots{} + stream_word(stream_tokens, static_cast<uint32_t>(d.first_sample + draw));
+    const uint32_t name = stream_word(stream_tokens, static_cast<uint32_t>(d.first_sample + draw));
     std::memcpy(b.token + at, f.token + group, slots * sizeof(uint32_t));
     std::memcpy(b.score + at, f.log_weight + group, slots * sizeof(float));
-    std::memcpy(b.weight + at, f.weight + group, slots * sizeof(float));
-    std::memcpy(b.stream_sample + at, &sample, slots * sizeof(uint32_t));
+    std::memcpy(b.weight + 2 * at, f.weight + group, slots * sizeof(float));
+    std::memcpy(b.weight + 2 * at + slots, f.weight + group, slots * sizeof(float));
+    for (int l = 0; l < slots; ++l) b.stream_sample[at + l] = name;
   }
   for (int64_t i = 0; i < count * slots; ++i) b.column[i] = frame_column + b.token[i];
 }
 
-// Writes the words whose lanes are set in `drawn` one after the other.
-inline __attribute__((always_inline)) void list_drawn(const Slots& words, const Slots& drawn, uint32_t* out) {
-#if defined(__AVX512F__)
-  const __m512i set = reinterpret_cast<__m512i>(drawn);
-  const __mmask16 mask = _mm512_test_epi32_mask(set, set);
-  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(words)));
+template <int slots>
+void perturb_slots(const NoiseRow& row, int64_t count, SlotBlock& b) {
+  const int64_t n = count * slots;
+  for (int64_t i = 0; i < n; i += noise_block) random_block(b.column + i, b.stream_sample + i, row, b.bits + i);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t perturbed = order_key(b.score[i] + gumbel_noise(b.bits[i]));
+    b.key[i] = static_cast<int32_t>((b.score[i] > -__builtin_inff() ? perturbed : 0) ^ 0x80000000u);
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    const int32_t* key = b.key + s * slots;
+    int32_t* rival = b.rival_key + 2 * s * slots;
+    for (int l = 0; l < slots; ++l) rival[l] = key[l];
+    for (int l = 0; l < slots; ++l) rival[slots + l] = key[l] + 1;  // to those after it: the lower token wins a tie
+  }
+}
+
+// Appends the words whose slot_lanes are set in `drawn`.
+inline __attribute__((always_inline)) uint32_t* list_drawn(const uint32_t* words, Slots drawn, uint32_t* out) {
+#if defined(__AVX512VL__)
+  const __m256i set = reinterpret_cast<__m256i>(drawn);
+  const __mmask8 mask = _mm256_test_epi32_mask(set, set);
+  const __m256i listed = _mm256_maskz_compress_epi32(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), listed);
+  return out + __builtin_popcount(mask);
 #else
-  for (int l = 0; l < 16; ++l) {
+  for (int l = 0; l < slot_lanes; ++l) {
     *out = words[l];
     out += drawn[l] & 1;
   }
+  return out;
 #endif
 }
 
-// Who is drawn, and with what probability: every slot meets every other slot of its group once.
+// Who of one sample is drawn, and with what probability: every slot meets every other slot once.
 template <int slots>
-void race_slots(SlotBlock& b, int64_t i, uint32_t num_draw) {
-  const Slots lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Slots keys, tokens, rank = {};
-  SlotValues weights;
-  std::memcpy(&keys, b.key + i, sizeof keys);
-  std::memcpy(&tokens, b.token + i, sizeof tokens);
-  std::memcpy(&weights, b.weight + i, sizeof weights);
-  SlotValues racing = weights;  // what is in the race when a token is drawn: itself and whom it beats
-  for (uint32_t turn = 1; turn < slots; ++turn) {
-    const Slots rival = (lane & ~(slots - 1u)) | ((lane + turn) & (slots - 1u));
-    const Slots key = __builtin_shuffle(keys, rival) - reinterpret_cast<Slots>(rival < lane);  // the lower wins a tie
-    const Slots loses = reinterpret_cast<Slots>(key > keys);
-    rank -= loses;
-    racing += reinterpret_cast<SlotValues>(reinterpret_cast<Slots>(__builtin_shuffle(weights, rival)) & ~loses);
+inline __attribute__((always_inline)) void race_slots(SlotBlock& b, int64_t s, int32_t num_draw) {
+  const int32_t* rivals = b.rival_key + 2 * s * slots;
+  const float* weights = b.weight + 2 * s * slots;
+  uint32_t* out = b.drawn + 2 * s * slots;
+  for (int part = 0; part < slots; part += slot_lanes) {
+    Slots key, rank = {}, rival;
+    SlotValues weight, racing, other;
+    std::memcpy(&key, rivals + part, sizeof key);
+    std::memcpy(&weight, weights + part, sizeof weight);
+    racing = weight;  // what is in the race when a token is drawn: itself and whom it beats
+    for (int turn = 1; turn < slots; ++turn) {
+      std::memcpy(&rival, rivals + part + turn, sizeof rival);
+      std::memcpy(&other, weights + part + turn, sizeof other);
+      const Slots loses = rival > key;
+      rank -= loses;
+      racing += reinterpret_cast<SlotValues>(reinterpret_cast<Slots>(other) & ~loses);
+    }
+    const Slots drawn = rank < num_draw;
+    const SlotValues chance = weight / racing, certain = SlotValues{} + 1.0f;
+    const Slots factor = (reinterpret_cast<Slots>(chance) & drawn) | (reinterpret_cast<Slots>(certain) & ~drawn);
+    std::memcpy(b.log_prob + s * slots + part, &factor, sizeof factor);
+    out = list_drawn(b.token + s * slots + part, drawn, out);
   }
-  const Slots drawn = reinterpret_cast<Slots>(rank < num_draw);
-  list_drawn(tokens, drawn, b.drawn + i);
-  const SlotValues chance = weights / racing, certain = SlotValues{} + 1.0f;
-  const Slots factor = (reinterpret_cast<Slots>(chance) & drawn) | (reinterpret_cast<Slots>(certain) & ~drawn);
-  std::memcpy(b.log_prob + i, &factor, sizeof factor);
-}
-
-template <int slots>
-void sum_slots(float* values) {
-  const Slots lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  SlotValues sum;
-  std::memcpy(&sum, values, sizeof sum);
-  for (uint32_t width = slots / 2; width > 0; width /= 2) sum += __builtin_shuffle(sum, lane ^ width);
-  std::memcpy(values, &sum, sizeof sum);
 }
 
 template <int slots>
 void draw_slots(const FrameSpace& f, const CombinationPlan& p, const FrameDraws& d, const int32_t* groups) {
-  constexpr int64_t samples = SlotBlock::size / slots, together = slot_block / slots;
+  constexpr int64_t samples = SlotBlock::size / slots;
   const uint32_t frame_column = static_cast<uint32_t>(d.frame * p.tokens_per_frame);
   const NoiseRow row = {d.seed, static_cast<uint32_t>(d.video), d.step};
   const int64_t k = p.num_draw;
   SlotBlock b;
   for (int64_t first = 0; first < d.count; first += samples) {
     const int64_t count = d.count - first < samples ? d.count - first : samples;
-    const int64_t n = padded16(count * slots);
-    load_slots<slots>(f, d, groups, first, n / slots, frame_column, b);
-    for (int64_t i = 0; i < n; i += noise_block) random_block(b.column + i, b.stream_sample + i, row, b.key + i);
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t perturbed = order_key(b.score[i] + gumbel_noise(b.key[i]));
-      b.key[i] = b.score[i] > -__builtin_inff() ? perturbed : 0;
-    }
-    for (int64_t i = 0; i < n; i += 16) race_slots<slots>(b, i, static_cast<uint32_t>(k));
-    for (int64_t i = 0; i < n; ++i) b.log_prob[i] = ln_float(b.log_prob[i]);
-    for (int64_t i = 0; i < n; i += 16) sum_slots<slots>(b.log_prob + i);
+    const int64_t whole = padded16(count * slots) / slots;
+    load_slots<slots>(f, d, groups, first, whole, frame_column, b);
+    perturb_slots<slots>(row, whole, b);
+    for (int64_t s = 0; s < count; ++s) race_slots<slots>(b, s, static_cast<int32_t>(k));
+    for (int64_t i = 0; i < count * slots; ++i) b.log_prob[i] = ln_float(b.log_prob[i]);
     for (int64_t s = 0; s < count; ++s) {
-      const uint32_t* drawn = b.drawn + s / together * slot_block + s % together * k;
+      const uint32_t* drawn = b.drawn + 2 * s * slots;
       int64_t* tokens = d.tokens + (first + s) * d.token_stride;
       for (int64_t j = 0; j < k; ++j) tokens[j] = d.token_base + drawn[j];
+      float* sum = b.log_prob + s * slots;
+      for (int width = slots / 2; width > 0; width /= 2) {
+        for (int l = 0; l < width; ++l) sum[l] += sum[l + width];
+      }
       const int32_t group = groups[first + s];
       d.groups[(first + s) * d.frame_stride] = group;
-      d.log_prob[(first + s) * d.frame_stride] = b.log_prob[s * slots] + f.log_share[group];
+      d.log_prob[(first + s) * d.frame_stride] = sum[0] + f.log_share[group];
     }
   }
 }
