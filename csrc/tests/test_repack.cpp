@@ -135,6 +135,34 @@ TEST(repacks_large_caches) {
   });
 }
 
+// Heads too long for one task: in place a later row may land where an earlier one lay, so one thread moves them all.
+TEST(moves_long_heads_in_place) {
+  repeat(20 * slowdown, [](Random& random) {
+    const int64_t heads = 3, n = random.range(1500, 2500), columns = 64, kept = n - random.range(1, 300);
+    const cpu::Placement placement = random.pick({cpu::Placement::in_heads, cpu::Placement::in_front});
+    RandomTensor x(random, DType::f32, {1, heads, n, columns}, Values::bits, Strides::contiguous);
+    const std::vector<char> before(x.memory.data(), x.memory.data() + x.memory.bytes());
+    std::vector<int64_t> index(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) index[i] = i;
+    while (static_cast<int64_t>(index.size()) > kept) index.erase(index.begin() + random.range(0, 50));
+    cpu::KeptRows rows = {};
+    rows.index = index.data();
+    rows.per_head = kept;
+    const cpu::CacheTensor tensor = {x.view, 0, false, placement, x.view.data};
+    cpu::repack_rows(&tensor, 1, &rows, false, false, static_cast<int>(random.range(2, 4)));
+    bool equal = true;
+    const int64_t row = columns * 4;
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < kept; ++i) {
+        const int64_t at = placement == cpu::Placement::in_heads ? h * n + i : h * kept + i;
+        const char* from = before.data() + (h * n + index[i]) * row;
+        equal = equal && std::memcmp(x.memory.data() + at * row, from, static_cast<size_t>(row)) == 0;
+      }
+    }
+    CHECK(equal);
+  });
+}
+
 }  // namespace
 }  // namespace cacovid::test
 

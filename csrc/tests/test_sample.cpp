@@ -42,6 +42,12 @@ TEST(emulated_fma_is_the_machine_s) {
               : static_cast<float>(std::ldexp(random.real() - 0.5, static_cast<int>(random.range(-40, 40))));
     }
     if (random.chance(30)) x[2] = -x[0] * x[1];  // cancellation
+    if (random.chance(30)) {                     // just beside the middle of two floats, by less than float64 can tell
+      const float tiny = std::ldexp(1.0f, -static_cast<int>(random.range(15, 23)));
+      x[0] = 1.0f + tiny;
+      x[1] = (random.chance(50) ? 0x1p-24f : -0x1p-24f) * (1.0f - tiny);
+      x[2] = 1.0f + static_cast<float>(random.range(1, (1 << 23) - 1)) * 0x1p-23f;
+    }
     CHECK(same_float(fma_emulated(x[0], x[1], x[2]), std::fma(x[0], x[1], x[2])));
   });
 }
