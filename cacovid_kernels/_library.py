@@ -1,7 +1,7 @@
 """Registration of the ops with torch: schema, fake, autograd, and the rule when a call goes through the dispatcher.
 
-`torch.library.custom_op` costs 8 to 23 us a call, a defined op 4, a direct call 2: so ops are defined here,
-and a public function calls its backend directly unless something has to see the op.
+A call through `torch.library.custom_op` costs two to six times one through a defined op, and that twice a direct
+call: so ops are defined here, and a public function calls its backend directly unless something has to see the op.
 """
 
 from __future__ import annotations
