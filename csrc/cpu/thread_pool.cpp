@@ -1,9 +1,13 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -15,6 +19,22 @@ namespace cacovid::cpu {
 namespace {
 
 constexpr int max_threads = 256;
+
+// How a thread rounds, and whether it flushes subnormal numbers to zero. A worker takes the caller's way for each job:
+// otherwise it would keep that of the thread that happened to start it, and bits would depend on who computes them.
+#if defined(__SSE2__)
+using Rounding = unsigned int;
+Rounding get_rounding() { return _mm_getcsr(); }
+void set_rounding(const Rounding& r) { _mm_setcsr(r); }
+#else
+using Rounding = std::fenv_t;
+Rounding get_rounding() {
+  Rounding r;
+  std::fegetenv(&r);
+  return r;
+}
+void set_rounding(const Rounding& r) { std::fesetenv(&r); }
+#endif
 
 // The right to use the pool, if nobody else has it. Not a mutex: a nested call asks again on the thread that has it.
 struct Turn {
@@ -39,6 +59,7 @@ class Pool {
     } catch (const std::exception&) {  // no further thread to be had: those there are do the work
     }
     chunk_ = &chunk;
+    rounding_ = get_rounding();
     chunks_ = chunks;
     next_.store(0, std::memory_order_relaxed);
     seats_ = helpers;
@@ -74,6 +95,7 @@ class Pool {
       if (seats_ == 0) continue;
       --seats_;
       ++active_;
+      set_rounding(rounding_);
       lock.unlock();
       drain();
       lock.lock();
@@ -86,6 +108,7 @@ class Pool {
   std::vector<std::thread> workers_;
   const std::function<void(int64_t)>* chunk_ = nullptr;
   int64_t chunks_ = 0;
+  Rounding rounding_ = {};
   std::atomic<int64_t> next_{0};
   int seats_ = 0, active_ = 0;
   uint64_t generation_ = 0;

@@ -1,3 +1,7 @@
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include <thread>
 
 #include "op_calls.h"
@@ -35,6 +39,21 @@ TEST(short_lived_threads_call_ops) {
     std::thread([&] { CHECK_EQ(call(2), digest); }).join();
   });
 }
+
+#if defined(__SSE2__)
+// A caller that flushes subnormal numbers to zero (torch.set_flush_denormal) has them flushed by every thread.
+TEST(helpers_round_as_the_caller) {
+  repeat(1500 * slowdown, [](Random& random) {
+    const OpCall call = random_call(random);
+    const unsigned int state = _mm_getcsr();
+    _mm_setcsr(state | 0x8040u);  // flush results and operands
+    const uint64_t alone = call(1), shared = call(4);
+    _mm_setcsr(state);
+    CHECK_EQ(alone, shared);
+    CHECK_EQ(call(1), call(4));
+  });
+}
+#endif
 
 }  // namespace
 }  // namespace cacovid::test
