@@ -15,13 +15,12 @@ std::vector<CombinationPlan> plans_of(const Ints& grid_thw, const Ints& num_draw
   std::vector<CombinationPlan> plans;
   plans.reserve(videos);
   for (size_t v = 0; v < videos; ++v) {
-    const int64_t t = grid_thw[3 * v], h = grid_thw[3 * v + 1], w = grid_thw[3 * v + 2];
-    check(t >= 1 && h >= 1 && w >= 1 && t * h * w < (int64_t{1} << 31), "grid_thw entries must be positive");
-    check(num_groups[v] >= 1 && num_groups[v] <= h * w, "num_groups must be in [1, h*w]");
-    check(num_draw[v] >= 0 && num_draw[v] <= h * w / num_groups[v], "num_draw must fit into the smallest group");
+    const int64_t t = grid_thw[3 * v], per_frame = grid_tokens(grid_thw, v) / t;
+    check(num_groups[v] >= 1 && num_groups[v] <= per_frame, "num_groups must be in [1, h*w]");
+    check(num_draw[v] >= 0 && num_draw[v] <= per_frame / num_groups[v], "num_draw must fit into the smallest group");
     check(num_frames[v] >= 0 && num_frames[v] <= t, "num_frames must be in [0, t]");
     check(group_cap[v] > 0.0 && group_cap[v] <= 1.0, "group_cap must be in (0, 1]");
-    plans.push_back({t, h * w, num_draw[v], num_groups[v], group_cap[v], num_frames[v]});
+    plans.push_back({t, per_frame, num_draw[v], num_groups[v], group_cap[v], num_frames[v]});
   }
   return plans;
 }
