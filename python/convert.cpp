@@ -48,31 +48,29 @@ DType find_dtype(py::handle dtype, const char* name) {
 
 }  // namespace
 
-void check(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
+void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 Tensor to_tensor(py::handle tensor, const char* name) {
   Tensor t;
   if (tensor.is_none()) return t;
   const Names& n = names();
   PyObject* object = tensor.ptr();
-  check(own(PyObject_GetAttr(object, n.is_cpu)).ptr() == Py_True, std::string(name) + " must be a CPU tensor");
+  check(own(PyObject_GetAttr(object, n.is_cpu)).ptr() == Py_True, name, " must be a CPU tensor");
   t.dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
   t.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr());
-  check(reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(item_size(t.dtype)) == 0,
-        std::string(name) + " must be aligned to its elements. Call .clone() on it.");
+  check(reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(item_size(t.dtype)) == 0, name,
+        " must be aligned to its elements. Call .clone() on it.");
   const py::object shape = own(PyObject_GetAttr(object, n.shape));
   const py::object stride = own(PyObject_CallMethodNoArgs(object, n.stride));
   const Py_ssize_t ndim = PyTuple_Size(shape.ptr());
-  check(ndim >= 1 && ndim <= max_dims, std::string(name) + " must have 1 to 8 dimensions");
+  check(ndim >= 1 && ndim <= max_dims, name, " must have 1 to 8 dimensions");
   t.ndim = static_cast<int32_t>(ndim);
   for (Py_ssize_t d = 0; d < ndim; ++d) {
     t.sizes[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d));
     t.strides[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d));
   }
   if (PyErr_Occurred()) throw py::error_already_set();
-  check(t.data != nullptr || t.numel() == 0, std::string(name) + " has no memory. Call .clone() on it.");
+  check(t.data != nullptr || t.numel() == 0, name, " has no memory. Call .clone() on it.");
   return t;
 }
 
@@ -121,11 +119,12 @@ T* output(py::handle tensor, const char* name, int64_t count) {
   const bool contiguous = own(PyObject_CallMethodNoArgs(object, n.is_contiguous)).ptr() == Py_True;
   const DType dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
   const int64_t numel = PyLong_AsLongLong(own(PyObject_CallMethodNoArgs(object, n.numel)).ptr());
-  check(on_cpu && contiguous && dtype == dtype_of<T>() && numel == count,
-        std::string(name) + " must be a contiguous CPU tensor with " + std::to_string(count) +
-            " elements of the op's type");
+  if (!on_cpu || !contiguous || dtype != dtype_of<T>() || numel != count) {
+    fail(std::string(name) + " must be a contiguous CPU tensor with " + std::to_string(count) +
+         " elements of the op's type");
+  }
   T* data = static_cast<T*>(PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr()));
-  check(data != nullptr || count == 0, std::string(name) + " has no memory");
+  check(data != nullptr || count == 0, name, " has no memory");
   return data;
 }
 

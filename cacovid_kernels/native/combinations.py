@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import mul
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def sample_combinations(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     counts = grid_thw[::3]
     frames = sum(counts)
-    drawn = sum(t * k for t, k in zip(counts, num_draw, strict=True))
+    drawn = sum(map(mul, counts, num_draw))
     indices = torch.empty(num_samples, drawn, dtype=torch.int64, device=CPU)
     groups = torch.empty(num_samples, frames, dtype=torch.int64, device=CPU)
     log_prob = torch.empty(num_samples, frames, dtype=torch.float32, device=CPU)

@@ -52,6 +52,9 @@ class _Space(NamedTuple):
     """What the host knows about every video before it sees a score."""
 
     grid: list[int]
+    tokens: int  # of all videos
+    frames: int
+    per_frame: int  # tokens of every frame; 0 if videos differ
     num_draw: list[int]  # tokens from every frame
     num_groups: list[int]
     group_cap: list[float]  # most probability of a group
@@ -103,8 +106,12 @@ def _parse_space(
             raise ValueError(f"{_OP}: {name}={value} must be {rule}.")
     found = [_video_space(h, w, keep_ratio, group_size, max_group_prob, strict) for _, h, w in grid]
     num_frames = [max(math.ceil(t * frame_ratio), 1) for t, _, _ in grid]
+    per_frame = {h * w for _, h, w in grid}
     return _Space(
         grid=[n for video in grid for n in video],
+        tokens=sum(t * h * w for t, h, w in grid),
+        frames=sum(t for t, _, _ in grid),
+        per_frame=per_frame.pop() if len(per_frame) == 1 else 0,
         num_draw=[draw for draw, _, _ in found],
         num_groups=[groups for _, groups, _ in found],
         group_cap=[cap for _, _, cap in found],
@@ -187,25 +194,27 @@ def sample_combinations(
     num_frame_samples = check_samples(_OP, "num_frame_samples", num_frame_samples, 0)
     seed, step, _ = check_key(_OP, seed, step)
     grid = parse_grid(_OP, grid_thw, token_scores)
-    tokens = sum(t * h * w for t, h, w in grid)
-    if token_scores.numel() != tokens or not 1 <= token_scores.dim() <= 3:
+    strict = mode == "strict"
+    parse = _parse_space if torch.compiler.is_compiling() else _cached_space
+    ratios = float(keep_ratio), float(group_size), float(max_group_prob), float(frame_ratio)
+    space = parse(grid, *ratios, strict)
+    if token_scores.numel() != space.tokens or not 1 <= token_scores.dim() <= 3:
         raise ValueError(
-            f"{_OP}: token_scores must hold one score for each of the {tokens} tokens of grid_thw={list(grid)} "
-            f"(token_scores: {describe(token_scores)}). Pass [N], [T, P] or [B, T, P]."
+            f"{_OP}: token_scores must hold one score for each of the {space.tokens} tokens of "
+            f"grid_thw={list(grid)} (token_scores: {describe(token_scores)}). Pass [N], [T, P] or [B, T, P]."
         )
     if num_frame_samples == 0:
         frame_scores = None
     elif frame_scores is None:
         raise ValueError(f"{_OP}: num_frame_samples={num_frame_samples} needs frame_scores. Pass them, or 0.")
     else:
-        frame_scores = _check_frames(frame_scores, token_scores, grid)
-    strict = mode == "strict"
-    parse = _parse_space if torch.compiler.is_compiling() else _cached_space
-    ratios = float(keep_ratio), float(group_size), float(max_group_prob), float(frame_ratio)
-    space = parse(grid, *ratios, strict)
+        frame_scores = _check_frames(frame_scores, token_scores, space.frames)
+    token_scores = token_scores.detach() if token_scores.requires_grad else token_scores
+    if token_scores.dim() > 1 and token_scores.shape[-1] != space.per_frame:
+        token_scores = token_scores.reshape(-1)  # dense, but not in rows of one frame
     indices, groups, log_prob, frame_indices, frame_log_prob, status = _sample_combinations(
-        _rows_of_frames(token_scores, grid), frame_scores, space.grid, num_samples, space.num_draw,
-        space.num_groups, space.group_cap, num_frame_samples, space.num_frames, strict, seed, step,
+        token_scores, frame_scores, space.grid, num_samples, space.num_draw, space.num_groups, space.group_cap,
+        num_frame_samples, space.num_frames, strict, seed, step,
     )  # fmt: skip
     if check == "raise":
         raise_if_flagged(_OP, status, "video")
@@ -214,21 +223,12 @@ def sample_combinations(
     )
 
 
-def _check_frames(frame_scores: Tensor, token_scores: Tensor, grid: Grid) -> Tensor:
+def _check_frames(frame_scores: Tensor, token_scores: Tensor, frames: int) -> Tensor:
     check_scores(_OP, "frame_scores", frame_scores)
     check_same_device(_OP, "frame_scores", frame_scores, "token_scores", token_scores)
-    frames = sum(t for t, _, _ in grid)
     if frame_scores.numel() != frames or not 1 <= frame_scores.dim() <= 2:
         raise ValueError(
             f"{_OP}: frame_scores must hold one score for each of the {frames} frames of grid_thw "
             f"(frame_scores: {describe(frame_scores)}). Pass [F], or [B, T] for videos of equal length."
         )
     return frame_scores.detach() if frame_scores.requires_grad else frame_scores
-
-
-def _rows_of_frames(scores: Tensor, grid: Grid) -> Tensor:
-    """Detached scores; a dense shape whose last axis is not one frame becomes packed."""
-    scores = scores.detach() if scores.requires_grad else scores
-    if scores.dim() == 1 or all(h * w == scores.shape[-1] for _, h, w in grid):
-        return scores
-    return scores.reshape(-1)

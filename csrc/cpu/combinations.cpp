@@ -32,7 +32,7 @@ FrameSpace frame_space(const CombinationPlan& p) {
   FrameSpace f = {};
   f.width = group_width(group_size(p, 0));
   const int64_t slots = padded(p.num_groups * f.width), groups = padded(p.num_groups);
-  f.order = scratch<struct order_scratch, uint32_t>(p.tokens_per_frame + f.width);
+  f.order = scratch<struct order_scratch, uint32_t>(padded(p.tokens_per_frame) + f.width);
   f.token = scratch<struct token_scratch, uint32_t>(slots);
   f.weight = scratch<struct weight_scratch, float>(slots);
   f.log_weight = scratch<struct log_weight_scratch, float>(slots);

@@ -1,5 +1,5 @@
 // The hot loops of online combination space sampling, compiled once per instruction set from
-// combination_loops.inl.
+// combination_space.inl and combination_draws.inl.
 #pragma once
 
 #include "cacovid/combinations.h"

@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #endif
 
-#include "isa/combination_loops.inl"
+#include "isa/combination_draws.inl"
 #include "isa/hot_loops.h"
 #include "isa/noise_loops.inl"
 #include "isa/pool_frame.inl"

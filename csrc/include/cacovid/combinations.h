@@ -45,20 +45,23 @@ CACOVID_HD void cap_shares(double* share, int64_t n, double cap, int64_t size) {
   const double feasible = 1.0 / static_cast<double>(n), floor = feasible * feasible;
   cap = cap > feasible ? cap : feasible;
   double rest = 1.0, norm = 1.0;  // shares from `first` on are share / norm of rest
-  int64_t first = 0;
+  int64_t first = 0, total = 0;
   for (;; ++first) {
     const double least = floor * norm;
-    int64_t total = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      const double raised = share[i] > least ? share[i] : least;
-      const int64_t fixed = to_fixed(raised);
-      const bool racing = i >= first && i < n;
-      share[i] = racing ? raised : share[i];
-      total += racing ? fixed : 0;
+    if (first == 0 || share[n - 1] < least) {  // the last share is the smallest: it says whether any is raised
+      total = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        const double raised = share[i] > least ? share[i] : least;
+        const int64_t fixed = to_fixed(raised);
+        const bool racing = i >= first && i < n;
+        share[i] = racing ? raised : share[i];
+        total += racing ? fixed : 0;
+      }
     }
     norm = from_fixed(total);
     cap = cap < 0.999 ? cap : 0.999;
     if (first == n - 1 || share[first] <= cap * norm) break;
+    total -= to_fixed(share[first]);
     share[first] = cap * rest;
     rest = rest * (1.0 - cap);
     cap = cap / (1.0 - cap);
