@@ -118,7 +118,8 @@ inline __attribute__((always_inline)) void copy_padded(const uint32_t* words, in
                                                        uint32_t filler, uint32_t* out) {
 #if defined(__AVX512VL__)
   for (int64_t l = 0; l < width; l += 8) {
-    const __mmask8 inside = static_cast<__mmask8>(_bzhi_u32(0xff, count > l ? static_cast<uint32_t>(count - l) : 0));
+    const int64_t left = count - l < 0 ? 0 : count - l < 8 ? count - l : 8;
+    const __mmask8 inside = static_cast<__mmask8>((1 << left) - 1);
     const __m256i eight = _mm256_mask_loadu_epi32(_mm256_set1_epi32(static_cast<int32_t>(filler)), inside, words + l);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + l), eight);
   }
