@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 SANITIZERS := address,undefined thread
 OUT ?= demo_out
+# In variables: a comma in the text of a call would end its argument.
+BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
@@ -30,7 +32,7 @@ test: $(VENV)/.built  ## run the tests
 	$(call timed,tests,$(PY) -m pytest tests)
 
 bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
-	$(call timed,benchmarks,$(PY) -m pytest bench --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min $(if $(RESULTS),--save-results $(RESULTS)))
+	$(call timed,benchmarks,$(PY) -m pytest bench $(BENCH) $(if $(RESULTS),--save-results $(RESULTS)))
 
 lint: $(VENV)/.installed  ## ruff, mypy, clang-format
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.inl,$(SOURCES)))

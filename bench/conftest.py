@@ -106,5 +106,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             "torch": torch.__version__,
             "threads": 1,
         }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("".join(json.dumps(line) + "\n" for line in [header, *rows]))
         terminalreporter.write_line(f"wrote {path}")
