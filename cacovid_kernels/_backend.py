@@ -13,7 +13,11 @@ from functools import cache
 import torch
 
 # Packages that hold one module per op family, each with the same function names.
-PACKAGES = {"cpu": "cacovid_kernels.native", "reference": "cacovid_kernels.reference"}
+PACKAGES = {
+    "cpu": "cacovid_kernels.native",
+    "triton": "cacovid_kernels.triton",
+    "reference": "cacovid_kernels.reference",
+}
 
 _forced: ContextVar[str | None] = ContextVar("cacovid_backend", default=None)
 
@@ -22,16 +26,16 @@ def backends() -> dict[str, str]:
     """Names of all backends, each with the reason why it cannot serve here, or an empty string.
 
     Returns:
-        For example `{"cpu": "", "reference": ""}`.
+        For example `{"cpu": "", "triton": "torch sees no CUDA device. ...", "reference": ""}`.
 
     Example:
         >>> import cacovid_kernels
         >>> cacovid_kernels.backends()["reference"]
         ''
     """
-    from cacovid_kernels import native
+    from cacovid_kernels import native, triton
 
-    return {"cpu": native.unavailable, "reference": ""}
+    return {"cpu": native.unavailable, "triton": triton.unavailable(), "reference": ""}
 
 
 def _check_name(name: str, where: str) -> str:
@@ -45,8 +49,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Serves every op inside the `with` block from one backend.
 
     Args:
-        name: "cpu", "reference", or "auto" for the usual choice. The environment variable
-            `CACOVID_BACKEND` sets the same for a whole process.
+        name: "cpu" (the compiled engine), "triton" (GPU kernels), "reference" (plain torch), or "auto": the engine
+            for CPU tensors, Triton for CUDA tensors, the reference with a warning where neither can serve. The
+            environment variable `CACOVID_BACKEND` sets the same for a whole process.
 
     Raises:
         ValueError: the name is unknown.
@@ -70,18 +75,31 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"cacovid_kernels answers through its slow reference backend: {reason}", stacklevel=4)
 
 
+def _cannot_serve(backend: str, device_type: str) -> str:
+    """Why a backend cannot serve tensors of this kind of device, with the remedy; empty if it can."""
+    from cacovid_kernels import native, triton
+
+    if backend == "triton":
+        return triton.unavailable(device_type)
+    if backend == "cpu" and device_type != "cpu":
+        return f"it cannot serve tensors on {device_type!r}. Move them to the CPU, or use 'auto'."
+    return native.unavailable if backend == "cpu" else ""
+
+
 def _choose(device_type: str) -> str:
     forced = _forced.get() or os.environ.get("CACOVID_BACKEND") or "auto"
-    if _check_name(forced, "CACOVID_BACKEND") != "auto":
-        if forced == "cpu" and device_type != "cpu":
-            raise RuntimeError(
-                f"backend 'cpu' cannot serve tensors on {device_type!r}. Move them to the CPU, or use 'auto'."
-            )
-        return forced
-    if device_type == "cpu" and not backends()["cpu"]:
-        return "cpu"
-    _warn_once(backends()["cpu"] if device_type == "cpu" else f"no kernels for device {device_type!r} are built")
-    return "reference"
+    backend = _check_name(forced, "CACOVID_BACKEND")
+    if backend == "auto":
+        backend = "cpu" if device_type == "cpu" else "triton"
+        reason = _cannot_serve(backend, device_type)
+        if not reason:
+            return backend
+        _warn_once(f"backend {backend!r}: {reason}")
+        return "reference"
+    reason = _cannot_serve(backend, device_type)
+    if reason:
+        raise RuntimeError(f"backend {backend!r} cannot serve here: {reason}")
+    return backend
 
 
 @cache

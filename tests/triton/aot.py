@@ -1,0 +1,157 @@
+"""Compiles every kernel for GPUs that are not there and prints what the compiler made of it.
+
+    python tests/triton/aot.py [80 90 100] [--family select]
+
+Each family lists calls of the public functions in `specimens/<family>.py`. They run on CPU tensors with a driver that
+claims a GPU and kernels that stop before the launch, so the compiled code is the one a user gets. Exits with 1 if a
+kernel spills registers, needs more shared memory than the GPU has, or computes an address in 32 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="triton-aot-"))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import cacovid_kernels as ck
+import cacovid_kernels.triton
+
+HERE = Path(__file__).parent
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class AbsentGPU:
+    """A Triton driver that names a target and can launch nothing."""
+
+    launcher_cls = None
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[tuple[str, Any, float]]]:
+    """Inside, a launch compiles for `arch` and runs nothing; yields (name, compiled kernel, seconds) of each."""
+    compiled: list[tuple[str, Any, float]] = []
+    seen: set[str] = set()
+    run = triton.runtime.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        start = time.perf_counter()
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            compiled.append((self.fn.__name__, kernel, time.perf_counter() - start))
+        return kernel
+
+    driver = triton.runtime.driver
+    serves = cacovid_kernels.triton.unavailable
+    driver.set_active(AbsentGPU(arch))
+    triton.runtime.JITFunction.run = compile_only
+    cacovid_kernels.triton.unavailable = lambda device_type=None: ""
+    try:
+        with ck.use_backend("triton"):
+            yield compiled
+    finally:
+        triton.runtime.JITFunction.run = run
+        cacovid_kernels.triton.unavailable = serves
+        driver.set_active(None)
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, bytes of stack and local memory (spills) per thread, and shared memory per program."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return {**found, "SHARED": kernel.metadata.shared}
+
+
+def narrow_addresses(kernel: Any) -> list[str]:
+    """Lines of the IR that turn a 32-bit product into an address: it could overflow."""
+    ir = kernel.asm["ttir"]
+    definition = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ir, re.M))
+    passing = ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.addi", "arith.subi", "arith.select", "arith.muli")
+
+    def overflows(name: str, seen: set[str]) -> bool:
+        text = definition.get(name, "")
+        if name in seen or not text or not re.search(r"i32>?\s*(loc|$)", text):
+            return False
+        seen.add(name)
+        if text.startswith("arith.muli"):
+            operands = [definition.get(x, "") for x in re.findall(r"%[\w#]+", text)[:2]]
+            return not any(x.startswith("arith.constant") for x in operands) or True
+        if not text.startswith(passing):
+            return False
+        return any(overflows(x, seen) for x in re.findall(r"%[\w#]+", text))
+
+    return [
+        line.strip()
+        for line in ir.splitlines()
+        if "tt.addptr" in line and "%" in line.split("tt.addptr")[1] and overflows(
+            re.findall(r"%[\w#]+", line.split("tt.addptr")[1])[1], set()
+        )
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("archs", nargs="*", type=int, default=[80, 90, 100], help="compute capabilities times ten")
+    parser.add_argument("--family", help="only the specimens of this family")
+    options = parser.parse_args()
+    families = sorted(path.stem for path in (HERE / "specimens").glob("*.py"))
+    sys.path.insert(0, str(HERE))
+    failures = 0
+    print(f"triton {triton.__version__}, torch {torch.__version__}")
+    print(f"{'kernel':32} {'sm':>4} {'registers':>9} {'spills':>7} {'shared':>7} {'narrow':>7} {'seconds':>8}  specimen")
+    for arch in options.archs:
+        for family in [options.family] if options.family else families:
+            for specimen, call in importlib.import_module(f"specimens.{family}").calls():
+                with compiling_for(arch) as compiled:
+                    call()
+                for name, kernel, seconds in compiled:
+                    use, narrow = resources(kernel), narrow_addresses(kernel)
+                    spills = use["STACK"] + use["LOCAL"]
+                    bad = spills > 0 or use["SHARED"] > SHARED_LIMIT[arch] or bool(narrow)
+                    failures += bad
+                    print(
+                        f"{name:32} {arch:>4} {use['REG']:>9} {spills:>7} {use['SHARED']:>7} {len(narrow):>7} "
+                        f"{seconds:>8.2f}  {family}: {specimen}{'  <-- FAILS' if bad else ''}"
+                    )
+                    for line in narrow:
+                        print(f"    32-bit address: {line}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
