@@ -1,6 +1,6 @@
 """Registration of the ops with torch: schema, fake, autograd, and the rule when a call goes through the dispatcher.
 
-A call through `torch.library.custom_op` costs two to six times one through a defined op, and that twice a direct
+A call through `torch.library.custom_op` costs several times one through a defined op, and that more than a direct
 call: so ops are defined here, and a public function calls its backend directly unless something has to see the op.
 """
 

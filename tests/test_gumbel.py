@@ -65,7 +65,7 @@ def test_bits_depend_on_every_part_of_the_name():
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)
 
 
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(FLOATS, FLOATS, FLOATS)
 def test_fma_rounds_once(a, b, c):
     exact = Fraction(a) * Fraction(b) + Fraction(c)
