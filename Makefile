@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 SANITIZERS := address,undefined thread
 OUT ?= demo_out
+OLDEST_TRITON := 3.6.0
 # In variables: a comma in the text of a call would end its argument.
 BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
 
-.PHONY: help dev demo test bench lint format sanitize wheel nightly doctor clean
+.PHONY: help dev demo test aot mutants bench lint format sanitize wheel nightly doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
@@ -28,8 +29,18 @@ dev: $(VENV)/.built  ## create .venv and build the native module into the checko
 demo: $(VENV)/.built  ## run the main job on a clip that it renders itself
 	$(call timed,demo,$(PY) -m cacovid_kernels demo --out $(OUT))
 
-test: $(VENV)/.built  ## run the tests
+test: $(VENV)/.built  ## run the tests, those of the Triton kernels in its interpreter
 	$(call timed,tests,$(PY) -m pytest tests)
+	$(call timed,kernels in the interpreter,TRITON_INTERPRET=1 $(PY) -m pytest tests/triton)
+
+build/triton-$(OLDEST_TRITON): $(VENV)/.installed
+	$(call timed,fetching Triton $(OLDEST_TRITON),$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $@.part triton==$(OLDEST_TRITON) && mv $@.part $@)
+
+aot: $(VENV)/.built build/triton-$(OLDEST_TRITON)  ## compile every kernel for sm_80, 90 and 100 with the pinned and the oldest Triton; no GPU
+	$(call timed,kernels ahead of time,$(PY) tests/triton/aot.py && PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) tests/triton/aot.py)
+
+mutants: $(VENV)/.built  ## plant bugs in the kernels; the tests must find each
+	$(call timed,mutants,$(PY) tests/triton/mutate.py)
 
 bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
 	$(call timed,benchmarks,$(PY) -m pytest bench $(BENCH) $(if $(RESULTS),--save-results $(RESULTS)))

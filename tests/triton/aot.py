@@ -97,31 +97,36 @@ def resources(kernel: Any) -> dict[str, int]:
     return {**found, "SHARED": kernel.metadata.shared}
 
 
+# What an offset is made of; anything else (a load, an argument, a loop variable) ends the search.
+PASSES_ON = ("splat", "expand_dims", "broadcast", "reshape", "addi", "subi", "muli", "select", "extsi", "extui")
+
+
 def narrow_addresses(kernel: Any) -> list[str]:
-    """Lines of the IR that turn a 32-bit product into an address: it could overflow."""
-    ir = kernel.asm["ttir"]
-    definition = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ir, re.M))
-    passing = ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.addi", "arith.subi", "arith.select", "arith.muli")
+    """Lines of the IR where a 32-bit product becomes part of an address: it overflows beyond 2^31 elements."""
+    lines = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", kernel.asm["ttir"], re.M))
 
-    def overflows(name: str, seen: set[str]) -> bool:
-        text = definition.get(name, "")
-        if name in seen or not text or not re.search(r"i32>?\s*(loc|$)", text):
-            return False
+    def operands(text: str) -> list[str]:
+        return re.findall(r"%[\w#]+", text.split(" : ")[0])
+
+    def is_bounded(name: str) -> bool:
+        """A constant, or the number of a lane."""
+        text = lines.get(name, "")
+        if re.match(r"tt\.(splat|expand_dims|broadcast)", text):
+            return all(map(is_bounded, operands(text)))
+        return text.startswith(("arith.constant", "tt.make_range"))
+
+    def search(name: str, seen: set[str]) -> list[str]:
+        text = lines.get(name, "")
+        if name in seen or not text.startswith(tuple(f"{d}.{op}" for d in ("tt", "arith") for op in PASSES_ON)):
+            return []
         seen.add(name)
-        if text.startswith("arith.muli"):
-            operands = [definition.get(x, "") for x in re.findall(r"%[\w#]+", text)[:2]]
-            return not any(x.startswith("arith.constant") for x in operands) or True
-        if not text.startswith(passing):
-            return False
-        return any(overflows(x, seen) for x in re.findall(r"%[\w#]+", text))
+        parts = operands(text)
+        if text.startswith("arith.muli") and re.search(r": (tensor<[\dx]+x)?i32>?( loc|$)", text):
+            return [] if all(map(is_bounded, parts)) else [f"{name} = {text}"]
+        return [line for part in parts for line in search(part, seen)]
 
-    return [
-        line.strip()
-        for line in ir.splitlines()
-        if "tt.addptr" in line and "%" in line.split("tt.addptr")[1] and overflows(
-            re.findall(r"%[\w#]+", line.split("tt.addptr")[1])[1], set()
-        )
-    ]  # fmt: skip
+    found = [line for text in lines.values() if "tt.addptr" in text for line in search(operands(text)[1], set())]
+    return sorted(set(found))
 
 
 def main() -> int:
@@ -133,7 +138,9 @@ def main() -> int:
     sys.path.insert(0, str(HERE))
     failures = 0
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    print(f"{'kernel':32} {'sm':>4} {'registers':>9} {'spills':>7} {'shared':>7} {'narrow':>7} {'seconds':>8}  specimen")
+    print(
+        f"{'kernel':32} {'sm':>4} {'registers':>9} {'spills':>7} {'shared':>7} {'narrow':>7} {'seconds':>8}  specimen"
+    )
     for arch in options.archs:
         for family in [options.family] if options.family else families:
             for specimen, call in importlib.import_module(f"specimens.{family}").calls():
@@ -145,8 +152,8 @@ def main() -> int:
                     bad = spills > 0 or use["SHARED"] > SHARED_LIMIT[arch] or bool(narrow)
                     failures += bad
                     print(
-                        f"{name:32} {arch:>4} {use['REG']:>9} {spills:>7} {use['SHARED']:>7} {len(narrow):>7} "
-                        f"{seconds:>8.2f}  {family}: {specimen}{'  <-- FAILS' if bad else ''}"
+                        f"{name:32}{arch:>10}{use['REG']:>10}{spills:>10}{use['SHARED']:>10}{len(narrow):>10}"
+                        f"{seconds:>10.2f}  {family}: {specimen}{'  <-- FAILS' if bad else ''}"
                     )
                     for line in narrow:
                         print(f"    32-bit address: {line}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from guard import GuardError
+from triton.runtime.errors import InterpreterError
 
 from cacovid_kernels.triton.launch import launch
 
@@ -113,11 +113,10 @@ BUGS = [
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_planted_bugs_are_caught(bug):
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(InterpreterError, match=r"race|outside every argument"):
         bug()
-    assert isinstance(caught.value, GuardError) or isinstance(caught.value.__cause__, GuardError)
 
 
 def test_an_overflowing_offset_is_caught():
-    with pytest.raises(Exception, match="overflow"):
+    with pytest.raises(InterpreterError, match="overflow"):
         launch(row_offset, (1,), torch.empty(1, dtype=torch.int64), 70000, 40000)
