@@ -91,7 +91,7 @@ def allocate_budget(
     max_frame_ratio: Sequence[float],
     strict: bool,
     counts: Tensor,
-    status: Tensor,
+    frame_status: Tensor,
     /,
 ) -> None: ...
 def select_tokens(
@@ -108,7 +108,7 @@ def select_tokens(
     threads: int,
     indices: Tensor,
     frame_counts: Tensor,
-    status: Tensor,
+    frame_status: Tensor,
     /,
 ) -> None: ...
 def segmented_topk(

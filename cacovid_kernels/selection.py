@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from functools import reduce
@@ -32,6 +33,21 @@ def raise_if_flagged(op: str, status: Tensor, what: str, fatal: Status = ~Status
             raise ValueError(f'{op}: {what} {row} has {flags} values. Clean them, or pass check="flag".')
 
 
+def _bits_of_rows(status: Tensor) -> Tensor:
+    """`[R, T]` -> `[R]`: the bits that any entry of a row has. torch has no reduction by OR."""
+    return reduce(or_, ((status & flag.value).amax(1) for flag in Status if flag))
+
+
+def status_of_videos(frame_status: Tensor, grid_thw: Sequence[tuple[int, int, int]]) -> Tensor:
+    """`[F]` bits per frame -> `[B]` int32 bits per video, without a host read."""
+    frames = [t for t, _, _ in grid_thw]
+    if not frames:
+        return frame_status
+    if all(t == frames[0] for t in frames):
+        return _bits_of_rows(frame_status.reshape(len(frames), frames[0]))
+    return torch.cat([_bits_of_rows(video[None]) for video in frame_status.split(frames)])
+
+
 @dataclass(eq=False)
 class Selection:
     """Kept tokens of a batch of videos, packed along one token axis.
@@ -40,16 +56,21 @@ class Selection:
         indices: `[K]` int64, flat positions in the packed axis, video by video; ascending unless the
             selection was made with `order="score"`.
         frame_counts: `[F]` int64, kept tokens per frame, over all videos.
-        status: `[B]` int32, bits of `Status` per video.
+        frame_status: `[F]` int32, bits of `Status` per frame: what was odd about its tokens' scores or its own.
         lengths: kept tokens per video, known on the host.
         grid_thw: frames, rows and columns per video, known on the host.
     """
 
     indices: Tensor
     frame_counts: Tensor
-    status: Tensor
+    frame_status: Tensor
     lengths: tuple[int, ...]
     grid_thw: tuple[tuple[int, int, int], ...]
+
+    @property
+    def status(self) -> Tensor:
+        """`[B]` int32, bits of `Status` per video: all of its frames' bits together."""
+        return status_of_videos(self.frame_status, self.grid_thw)
 
     @property
     def num_tokens(self) -> int:
@@ -118,7 +139,7 @@ class Selection:
         return Selection(
             indices=masked_positions(keep, sum(lengths)),
             frame_counts=counts,
-            status=reduce(or_, self.status.reshape(rows.shape[0], per_row).unbind(1)),
+            frame_status=_bits_of_rows(self.status.reshape(rows.shape[0], per_row)),
             lengths=lengths,
             grid_thw=tuple((1, 1, rows.shape[1]) for _ in lengths),
         )

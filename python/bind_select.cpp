@@ -54,11 +54,11 @@ Tensor token_tensor(py::handle scores, int64_t tokens, bool equal_rows, int64_t 
 
 void allocate_budget(py::handle frame_scores, const Ints& grid_thw, const Ints& num_keep, const Doubles& keep_ratio,
                      double importance_ratio, const Doubles& max_frame_ratio, bool strict, py::handle counts,
-                     py::handle status) {
+                     py::handle frame_status) {
   const BudgetArgs args(grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, true);
   const Tensor frames = frame_tensor(frame_scores, args.frames);
   int64_t* counts_out = output<int64_t>(counts, "counts", args.frames);
-  int32_t* status_out = output<int32_t>(status, "status", args.videos().count);
+  int32_t* status_out = output<int32_t>(frame_status, "frame_status", args.frames);
   const py::gil_scoped_release release;
   cpu::allocate_budget(frames, args.videos(), counts_out, status_out);
 }
@@ -66,14 +66,14 @@ void allocate_budget(py::handle frame_scores, const Ints& grid_thw, const Ints& 
 void select_tokens(py::handle token_scores, py::handle frame_scores, const Ints& grid_thw, const Ints& num_keep,
                    const Doubles& keep_ratio, double importance_ratio, const Doubles& max_frame_ratio, bool strict,
                    bool fill, bool by_score, int threads, py::handle indices, py::handle frame_counts,
-                   py::handle status) {
+                   py::handle frame_status) {
   const BudgetArgs args(grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, fill);
   const int64_t row_length = args.plans.empty() ? 0 : args.plans[0].tokens_per_frame;
   const Tensor tokens = token_tensor(token_scores, args.tokens, args.equal_rows, row_length);
   const Tensor frames = frame_tensor(frame_scores, args.frames);
   int64_t* indices_out = output<int64_t>(indices, "indices", args.kept);
   int64_t* counts_out = output<int64_t>(frame_counts, "frame_counts", args.frames);
-  int32_t* status_out = output<int32_t>(status, "status", args.videos().count);
+  int32_t* status_out = output<int32_t>(frame_status, "frame_status", args.frames);
   const py::gil_scoped_release release;
   cpu::select_tokens(tokens, frames, args.videos(), by_score, threads, indices_out, counts_out, status_out);
 }

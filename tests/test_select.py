@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def same(a: ck.Selection, b: ck.Selection) -> bool:
-    fields = ("indices", "frame_counts", "status")
+    fields = ("indices", "frame_counts", "frame_status")
     return all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields) and a.lengths == b.lengths
 
 
@@ -128,13 +128,26 @@ def test_status_and_check(backend):
     kept = ck.select_tokens(tokens, frames, keep_ratio=0.5)
     assert kept.status.tolist() == [ck.Status.NAN]
     assert kept.indices.numel() == 12
+    assert kept.frame_status.tolist() == [0, ck.Status.NAN, 0, 0]
     frames[2] = INF
     both_flags = ck.select_tokens(tokens, frames, keep_ratio=0.5).status
     assert both_flags.tolist() == [ck.Status.NAN | ck.Status.POSINF]
     with pytest.raises(ValueError, match=r"select_tokens: video 0 has NAN \| POSINF values"):
         ck.select_tokens(tokens, frames, keep_ratio=0.5, check="raise")
+    with pytest.raises(ValueError, match="allocate_budget: video 1 has POSINF values"):
+        ck.allocate_budget(frames, [(2, 2, 3)] * 2, keep_ratio=0.5, check="raise")
     with pytest.raises(ValueError, match="segment 1 has NAN"):
         ck.segmented_topk(tokens, 2, check="raise")
+
+
+def test_status_of_frames_and_videos(backend):
+    tokens = torch.zeros(36)
+    tokens[0], tokens[20], tokens[35] = NAN, INF, NAN
+    for grid, videos in (([(2, 1, 6), (4, 1, 6)], [1, 3]), ([(2, 1, 6)] * 3, [1, 2, 1])):
+        kept = ck.select_tokens(tokens, None, grid, keep_ratio=0.5)
+        assert kept.frame_status.tolist() == [1, 0, 0, 2, 0, 1]
+        assert kept.status.tolist() == videos
+        assert kept.status.dtype == torch.int32
 
 
 @pytest.mark.parametrize("frames", [[NAN] * 4, [-INF] * 4, [0.0] * 4, [5.0] * 4])

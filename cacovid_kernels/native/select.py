@@ -18,11 +18,11 @@ def allocate_budget(
     strict: bool,
 ) -> tuple[Tensor, Tensor]:
     counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64, device=CPU)
-    status = torch.empty(len(num_keep), dtype=torch.int32, device=CPU)
+    frame_status = torch.empty(sum(grid_thw[::3]), dtype=torch.int32, device=CPU)
     engine().allocate_budget(
-        frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, counts, status
+        frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, counts, frame_status
     )
-    return counts, status
+    return counts, frame_status
 
 
 def select_tokens(
@@ -39,12 +39,12 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     indices = torch.empty(sum(num_keep), dtype=torch.int64, device=CPU)
     frame_counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64, device=CPU)
-    status = torch.empty(len(num_keep), dtype=torch.int32, device=CPU)
+    frame_status = torch.empty(sum(grid_thw[::3]), dtype=torch.int32, device=CPU)
     engine().select_tokens(
         token_scores, frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio,
-        strict, fill, by_score, num_threads(), indices, frame_counts, status,
+        strict, fill, by_score, num_threads(), indices, frame_counts, frame_status,
     )  # fmt: skip
-    return indices, frame_counts, status
+    return indices, frame_counts, frame_status
 
 
 def segmented_topk(scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool) -> tuple[Tensor, Tensor]:

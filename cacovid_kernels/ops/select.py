@@ -20,7 +20,7 @@ from cacovid_kernels.ops._checks import (
     parse_budget,
     parse_grid,
 )
-from cacovid_kernels.selection import Selection, raise_if_flagged
+from cacovid_kernels.selection import Selection, raise_if_flagged, status_of_videos
 
 _BUDGET = (
     "SymInt[] grid_thw, SymInt[] num_keep, float[] keep_ratio, float importance_ratio, "
@@ -30,13 +30,13 @@ _BUDGET = (
 
 def _fake_allocate(frame_scores, grid_thw, num_keep, *_):
     counts = frame_scores.new_empty(sum(grid_thw[::3]), dtype=torch.int64)
-    return counts, frame_scores.new_empty(len(num_keep), dtype=torch.int32)
+    return counts, frame_scores.new_empty(sum(grid_thw[::3]), dtype=torch.int32)
 
 
 def _fake_select(token_scores, frame_scores, grid_thw, num_keep, *_):
     indices = token_scores.new_empty(sum(num_keep), dtype=torch.int64)
     counts = token_scores.new_empty(sum(grid_thw[::3]), dtype=torch.int64)
-    return indices, counts, token_scores.new_empty(len(num_keep), dtype=torch.int32)
+    return indices, counts, token_scores.new_empty(sum(grid_thw[::3]), dtype=torch.int32)
 
 
 def _fake_topk(scores, cu_seqlens, k, by_score):
@@ -118,11 +118,11 @@ def allocate_budget(
     b = parse_budget(op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict)
     _check_frames(op, frame_scores, b.frames)
     frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
-    counts, status = _allocate_budget(
+    counts, frame_status = _allocate_budget(
         frame_scores, b.grid, b.num_keep, b.keep_ratio, float(importance_ratio), b.max_frame_ratio, strict
     )
     if check == "raise":
-        raise_if_flagged(op, status, "video")
+        raise_if_flagged(op, status_of_videos(frame_status, grid), "video")
     return counts
 
 
@@ -192,13 +192,13 @@ def select_tokens(
         frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
     # A number of tokens that nothing fills up is all chosen by score.
     importance = float(importance_ratio) if uniform or num_tokens is None else 1.0
-    indices, frame_counts, status = _select_tokens(
+    indices, frame_counts, frame_status = _select_tokens(
         _rows_of_frames(token_scores, grid), frame_scores, b.grid, b.num_keep, b.keep_ratio, importance,
         b.max_frame_ratio, strict, uniform, by_score,
     )  # fmt: skip
     if check == "raise":
-        raise_if_flagged(op, status, "video")
-    return Selection(indices, frame_counts, status, tuple(b.num_keep), grid)
+        raise_if_flagged(op, status_of_videos(frame_status, grid), "video")
+    return Selection(indices, frame_counts, frame_status, tuple(b.num_keep), grid)
 
 
 def _options(op: str, mode: str, fill: str, order: str, check: str) -> tuple[bool, bool, bool]:

@@ -13,10 +13,10 @@ from cacovid_kernels.reference.exact import exp_exact, from_fixed, order_key, ra
 NAN, POSINF = 1, 2
 
 
-def status_of(scores: Tensor) -> Tensor:
-    """Status bits of all scores of a video, int32 [1]."""
-    nan, posinf = torch.isnan(scores).any(), (scores == math.inf).any()
-    return (nan * NAN + posinf * POSINF).int().reshape(1)
+def status_of(rows: Tensor) -> Tensor:
+    """Status bits of every row of scores: `[R, P]` -> int32 [R]."""
+    nan, posinf = torch.isnan(rows).any(1), (rows == math.inf).any(1)
+    return (nan * NAN + posinf * POSINF).int()
 
 
 def _frame_weights(scores: Tensor, lowest: float, highest: float) -> Tensor:
@@ -130,7 +130,7 @@ def allocate_budget(
     max_frame_ratio: list[float],
     strict: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Ranked tokens per frame [F] int64 and status [B] int32."""
+    """Ranked tokens per frame [F] int64 and status bits of its score [F] int32."""
     grids = _grids(grid_thw)
     counts = [frame_scores.new_empty(0, dtype=torch.int64)]  # of no videos, too, there is an answer
     status = [frame_scores.new_empty(0, dtype=torch.int32)]
@@ -138,7 +138,7 @@ def allocate_budget(
         ranked = ranked_tokens(grids[v], num_keep[v], keep_ratio[v], importance_ratio, True)
         args = (keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, scores.device)
         counts.append(_video_budget(scores, grids[v], ranked, *args))
-        status.append(status_of(scores))
+        status.append(status_of(scores[:, None]))
     return torch.cat(counts), torch.cat(status)
 
 
@@ -154,7 +154,7 @@ def select_tokens(
     fill: bool,
     by_score: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept positions [K] int64, kept tokens per frame [F] int64, status [B] int32."""
+    """Kept positions [K] int64, kept tokens per frame [F] int64, status bits of each frame's scores [F] int32."""
     grids = _grids(grid_thw)
     device = token_scores.device
     frames = None if frame_scores is None else _split(frame_scores, [t for t, _, _ in grids])
@@ -177,7 +177,7 @@ def select_tokens(
             found = found[ranking(scores[found])]
         indices.append(found + start)
         counts.append(kept.reshape(t, h * w).sum(1))
-        status.append(status_of(scores) | (0 if frame is None else status_of(frame)))
+        status.append(status_of(scores.reshape(t, h * w)) | (0 if frame is None else status_of(frame[:, None])))
         start += t * h * w
     return torch.cat(indices), torch.cat(counts), torch.cat(status)
 
@@ -189,7 +189,7 @@ def segmented_topk(scores: Tensor, cu_seqlens: list[int], k: list[int], by_score
     for s, segment in enumerate(_split(scores, lengths)):
         best = ranking(segment)[: k[s]]
         indices.append((best if by_score else best.sort().values) + cu_seqlens[s])
-        status.append(status_of(segment))
+        status.append(status_of(segment[None]))
     return torch.cat(indices), torch.cat(status)
 
 

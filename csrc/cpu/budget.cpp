@@ -16,7 +16,8 @@ struct logit_scratch;
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
 // Scores scaled to [-3, 3], the largest magnitude to 3; -inf and NaN to -inf. Returns the largest.
-double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double* logits, int32_t& status) {
+double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double* logits, int32_t* status) {
+  std::fill_n(status, frames, static_cast<int32_t>(status_ok));
   if (!scores.defined()) {
     std::fill_n(logits, frames, 0.0);
     return 0.0;
@@ -25,8 +26,8 @@ double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double*
   for (int64_t f = 0; f < frames; ++f) {
     const double x = element_of(scores, first + f);
     const double magnitude = std::fabs(x);
-    if (x != x) status |= status_nan;
-    if (x == infinity) status |= status_posinf;
+    if (x != x) status[f] = status_nan;
+    if (x == infinity) status[f] = status_posinf;
     if (magnitude < infinity) largest = std::max(largest, magnitude);
     logits[f] = x == x ? x : -infinity;
   }
@@ -42,7 +43,7 @@ double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double*
 }
 
 // Softmax of the frame logits, clipped, in fixed point. Returns the sum of the weights.
-int64_t frame_weights(const Tensor& scores, int64_t first, const BudgetPlan& p, int64_t* weights, int32_t& status) {
+int64_t frame_weights(const Tensor& scores, int64_t first, const BudgetPlan& p, int64_t* weights, int32_t* status) {
   double* e = scratch<logit_scratch, double>(p.frames);
   const double top = frame_logits(scores, first, p.frames, e, status);
   if (top == -infinity) std::fill_n(e, p.frames, 0.0);  // no score to go by: all frames alike
@@ -88,13 +89,12 @@ void level(int64_t* counts, int64_t frames, int64_t missing, int64_t tokens_per_
 
 }  // namespace
 
-void allocate_budget(Tensor frame_scores, Videos videos, int64_t* counts, int32_t* status) {
+void allocate_budget(Tensor frame_scores, Videos videos, int64_t* counts, int32_t* frame_status) {
   int64_t first = 0;
   for (int64_t v = 0; v < videos.count; ++v) {
     const BudgetPlan& p = videos.plans[v];
-    status[v] = status_ok;
     int64_t* c = counts + first;
-    const int64_t weight = frame_weights(frame_scores, first, p, c, status[v]);
+    const int64_t weight = frame_weights(frame_scores, first, p, c, frame_status + first);
     const double norm = static_cast<double>(std::max<int64_t>(weight, 1));
     int64_t total = 0;
     for (int64_t f = 0; f < p.frames; ++f) {

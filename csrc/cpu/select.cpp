@@ -103,14 +103,13 @@ void sort_by_score(const Tensor& scores, int64_t row, int64_t start, int64_t row
 }  // namespace
 
 void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool by_score, int threads,
-                   int64_t* indices, int64_t* frame_counts, int32_t* status) {
-  allocate_budget(frame_scores, videos, frame_counts, status);
+                   int64_t* indices, int64_t* frame_counts, int32_t* frame_status) {
+  allocate_budget(frame_scores, videos, frame_counts, frame_status);
   thread_local std::vector<FrameTask> tasks;
   tasks.clear();
   list_frames(videos, frame_counts, tasks);
   const FrameTask* all = tasks.data();
   const int64_t rows = static_cast<int64_t>(tasks.size());
-  int32_t* flags = scratch<struct flag_scratch, int32_t>(rows);
   parallel_for(rows, frames_per_task, threads, [=](int64_t first, int64_t last) {
     for (int64_t i = first, rows = 0; i < last; i += rows) {
       const int64_t n = all[i].length;
@@ -118,7 +117,7 @@ void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool
       TopRows top(n, rows);
       for (int64_t r = 0; r < rows; ++r) {
         const FrameTask& task = all[i + r];
-        flags[i + r] = top.load(r, row_of(token_scores, task.row, task.token), token_scores.dtype, task.ranked);
+        frame_status[i + r] |= top.load(r, row_of(token_scores, task.row, task.token), token_scores.dtype, task.ranked);
       }
       top.find();
       for (int64_t r = 0; r < rows; ++r) emit_frame(all[i + r], top.mask(r), indices + all[i + r].out);
@@ -128,10 +127,7 @@ void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool
   for (int64_t v = 0; v < videos.count; ++v) {
     const BudgetPlan& p = videos.plans[v];
     if (by_score) sort_by_score(token_scores, row, token, p.tokens_per_frame, indices + out, p.num_keep);
-    for (int64_t f = 0; f < p.frames; ++f, ++row) {
-      frame_counts[row] += all[row].picks;
-      status[v] |= flags[row];
-    }
+    for (int64_t f = 0; f < p.frames; ++f, ++row) frame_counts[row] += all[row].picks;
     token += p.frames * p.tokens_per_frame;
     out += p.num_keep;
   }

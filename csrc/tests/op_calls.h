@@ -68,7 +68,7 @@ inline OpCall call_select(Random& random) {
     Outputs out;
     int64_t* indices = out.add_i64(call->kept);
     int64_t* counts = out.add_i64(call->frames);
-    int32_t* status = out.add_i32(call->videos().count);
+    int32_t* status = out.add_i32(call->frames);
     cpu::select_tokens(call->token_scores.view, call->frame_view(), call->videos(), by_score, threads, indices, counts,
                        status);
     CHECK(inside(indices, call->kept, 0, call->tokens));

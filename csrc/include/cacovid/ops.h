@@ -16,13 +16,15 @@ struct Videos {
 };
 
 // ---- select -------------------------------------------------------------------------------------
-// frame_scores [F] or [B, T] f32 | f16 | bf16 or undefined (all frames equal) -> counts [F] i64, status [B] i32.
-void allocate_budget(Tensor frame_scores, Videos videos, int64_t* counts, int32_t* status);
+// frame_scores [F] or [B, T] f32 | f16 | bf16 or undefined (all frames equal) -> counts [F] i64,
+// frame_status [F] i32.
+void allocate_budget(Tensor frame_scores, Videos videos, int64_t* counts, int32_t* frame_status);
 
 // token_scores [N], [T, P] or [B, T, P] f32 | f16 | bf16 -> indices [sum of num_keep] i64, flat positions,
-// ascending or by falling score; frame_counts [F] i64, fill included; status [B] i32.
+// ascending or by falling score; frame_counts [F] i64, fill included; frame_status [F] i32, what was odd about the
+// scores of each frame, its own included.
 void select_tokens(Tensor token_scores, Tensor frame_scores, Videos videos, bool by_score, int threads,
-                   int64_t* indices, int64_t* frame_counts, int32_t* status);
+                   int64_t* indices, int64_t* frame_counts, int32_t* frame_status);
 
 // scores [N] or [S, P]; segment s is [offsets[s], offsets[s + 1]) of the flat axis and keeps k[s] of them
 // -> indices [sum of k] i64 flat positions, status [S] i32.
