@@ -70,11 +70,6 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-@cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"cacovid_kernels answers through its slow reference backend: {reason}", stacklevel=4)
-
-
 def _cannot_serve(backend: str, device_type: str) -> str:
     """Why a backend cannot serve tensors of this kind of device, with the remedy; empty if it can."""
     from cacovid_kernels import native, triton
@@ -86,15 +81,18 @@ def _cannot_serve(backend: str, device_type: str) -> str:
     return native.unavailable if backend == "cpu" else ""
 
 
-def _choose(device_type: str) -> str:
-    forced = _forced.get() or os.environ.get("CACOVID_BACKEND") or "auto"
+@cache
+def _choose(forced: str, device_type: str) -> str:
     backend = _check_name(forced, "CACOVID_BACKEND")
     if backend == "auto":
         backend = "cpu" if device_type == "cpu" else "triton"
         reason = _cannot_serve(backend, device_type)
         if not reason:
             return backend
-        _warn_once(f"backend {backend!r}: {reason}")
+        warnings.warn(
+            f"cacovid_kernels answers through its slow reference backend, {backend!r} cannot serve here: {reason}",
+            stacklevel=6,  # of the public function's caller
+        )
         return "reference"
     reason = _cannot_serve(backend, device_type)
     if reason:
@@ -115,4 +113,5 @@ def implementation(family: str, op: str, device: torch.device) -> Callable:
     """The function that serves `op` for tensors on `device`."""
     if _cpu_engine_by_default and device.type == "cpu" and _forced.get() is None:
         return _implementation("cpu", family, op)
-    return _implementation(_choose(device.type), family, op)
+    forced = _forced.get() or os.environ.get("CACOVID_BACKEND") or "auto"
+    return _implementation(_choose(forced, device.type), family, op)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import cacovid_kernels as ck
+from cacovid_kernels import triton
 
 SECONDS = 1.0  # of self-test per backend
 GPU_BACKENDS = ("cuda", "triton")
@@ -54,7 +55,7 @@ def self_test(backend: str, seconds: float) -> tuple[str, str]:
     Returns:
         What was right, and what went wrong (empty: nothing).
     """
-    device = "cuda" if backend in GPU_BACKENDS else "cpu"
+    device = "cuda" if backend in GPU_BACKENDS and not triton.INTERPRETED else "cpu"
     try:
         with ck.use_backend(backend):
             for name, (call, answer) in KNOWN_ANSWERS.items():

@@ -58,7 +58,7 @@ def test_without_the_compiled_module_the_reference_answers_and_says_so_once():
     run = python(script)
     first, second = run.stdout.splitlines()
     assert first.startswith("[2, 3, 6, 7, 10, 11] 1 cacovid_kernels answers through its slow reference backend"), run
-    assert second.startswith("backend 'cpu' cannot serve: the compiled module cacovid_kernels._C is missing")
+    assert second.startswith("backend 'cpu' cannot serve here: the compiled module cacovid_kernels._C is missing")
 
 
 def test_backend_can_be_forced_by_the_environment_and_in_a_block():
@@ -69,7 +69,7 @@ def test_backend_can_be_forced_by_the_environment_and_in_a_block():
         text=True,
         check=False,
     )
-    assert "backend 'gpu' must be one of ['auto', 'cpu', 'reference']" in run.stderr
+    assert "backend 'gpu' must be one of ['auto', 'cpu', 'triton', 'reference']" in run.stderr
     with pytest.raises(ValueError, match="use_backend: backend 'fast' must be one of"), ck.use_backend("fast"):
         pass
 

@@ -19,7 +19,8 @@ def unavailable(device_type: str | None = None) -> str:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is missing. Install it with `pip install triton`."
     if INTERPRETED:
-        return "" if device_type in (None, "cpu") else f"TRITON_INTERPRET=1 runs kernels on CPU tensors, not on {device_type!r}."
+        wrong = device_type not in (None, "cpu")
+        return f"TRITON_INTERPRET=1 runs kernels on CPU tensors, not on {device_type!r}." if wrong else ""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device. Install a CUDA build of torch and a driver, or use backend 'cpu'."
     if device_type not in (None, "cuda"):
