@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from baselines import repack
 from torch import Tensor
 
 import cacovid_kernels as ck
@@ -29,32 +30,8 @@ def inputs_of(percent: int) -> list[tuple[Tensor]]:
 
 
 def baselines(percent: int) -> dict:
-    """What people write, layer by layer, and the fastest form of it: rows of a flat [H * N, D] view."""
     keys, values = cache()
-    tensors = [*keys, *values]
-    outs = [torch.zeros(1, HEADS, TOKENS * percent // 100, SIZE, dtype=torch.bfloat16) for _ in tensors]
-    heads = (torch.arange(HEADS) * TOKENS)[:, None]
-    flat = [(x.view(-1, SIZE), out.view(-1, SIZE)) for x, out in zip(tensors, outs, strict=True)]
-
-    def select_out(i: Tensor) -> None:
-        for x, out in zip(tensors, outs, strict=True):
-            torch.index_select(x, 2, i, out=out)
-
-    def select_flat(i: Tensor) -> None:
-        rows = (heads + i).reshape(-1)
-        for x, out in flat:
-            torch.index_select(x, 0, rows, out=out)
-
-    def expanded(i: Tensor) -> list[Tensor]:
-        return [x.gather(2, i[None, None, :, None].expand(1, HEADS, -1, SIZE)).contiguous() for x in tensors]
-
-    return {
-        "index_select(out=)": select_out,
-        "index_select(out=), flat": select_flat,
-        "index_select": lambda i: [x.index_select(2, i) for x in tensors],
-        "x[:, :, idx]": lambda i: [x[:, :, i] for x in tensors],
-        "gather, expanded index": expanded,
-    }
+    return repack.baselines([*keys, *values], TOKENS * percent // 100)
 
 
 @pytest.mark.parametrize("percent", [10, 25])

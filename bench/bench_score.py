@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from baselines.score import EPS, Network, plain_statistics, published_statistics
 from torch import Tensor
 
-import cacovid_kernels as ck
 from cacovid_kernels.ops import score
 
-GRID = [(32, 14, 14)]
 SIZE = 3584
-EPS = 1e-6
 
 
 def hidden_states(dtype: torch.dtype, count: int) -> list[tuple[Tensor]]:
@@ -21,18 +18,6 @@ def hidden_states(dtype: torch.dtype, count: int) -> list[tuple[Tensor]]:
 
 
 # ---- row norms and frame means ------------------------------------------------------------------
-
-
-def published_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance of the RMSNorm, mean over rows and columns: the two reads of the published forward."""
-    rrms = torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + EPS)
-    return rrms, x.reshape(32, 14, 14, SIZE).mean(dim=(1, 2))
-
-
-def plain_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without a float32 copy, over the friendlier shape."""
-    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-    return torch.rsqrt(norms.square() / SIZE + EPS), x.view(32, 196, SIZE).mean(1)
 
 
 STATISTICS = {
@@ -60,38 +45,10 @@ def bench_frame_pool(race, dtype, contestant):
 # ---- token and frame scores ---------------------------------------------------------------------
 
 
-class Network:
-    """Both heads with random weights, and the ways to run them."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.token_head, self.frame_head = (ck.PolicyHead(SIZE).bfloat16() for _ in range(2))
-        for p in [*self.token_head.parameters(), *self.frame_head.parameters()]:
-            torch.nn.init.normal_(p, std=1.5 / p.shape[-1] ** 0.5 if p.dim() == 2 else 0.1)
-        self.weight = (torch.rand(SIZE) + 0.5).bfloat16()
-
-    def ours(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return ck.score_tokens(x, self.token_head, self.frame_head, GRID, norm_weight=self.weight, eps=EPS)
-
-    def published(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        def logits(head: ck.PolicyHead, rows: Tensor) -> Tensor:
-            wide = rows.to(torch.float32)
-            normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-            return head(self.weight * normal.to(rows.dtype)).float().diff(dim=-1).squeeze(-1)
-
-        return logits(self.token_head, x), logits(self.frame_head, x.reshape(32, 14, 14, SIZE).mean(dim=(1, 2)))
-
-    def products(self, x: Tensor) -> Tensor:
-        """The matrix products of the token head alone: what no way of running it can save."""
-        for layer in self.token_head.linears:
-            x = F.linear(x, layer.weight)
-        return x
-
-
 @pytest.fixture(scope="module")
 def network():
     with torch.no_grad():
-        yield Network()
+        yield Network(SIZE)
 
 
 @pytest.mark.parametrize("contestant", ["ours", "published formula", "torch.compile of it", "products alone"])
