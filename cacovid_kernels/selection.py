@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels._masks import masked_positions
+from cacovid_kernels._numbers import numbers_on
 
 
 class Status(IntFlag):
@@ -80,7 +81,7 @@ class Selection:
     @property
     def cu_seqlens(self) -> Tensor:
         """`[B + 1]` int32 prefix sums of `lengths`, as variable-length attention takes them."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.indices.device)
+        return numbers_on(self.indices.device, [0, *accumulate(self.lengths)], torch.int32)
 
     def mask(self) -> Tensor:
         """`[N]` bool over the packed token axis: true where a token is kept."""
@@ -135,7 +136,7 @@ class Selection:
                 )
         positions = masked_positions(flat, self.num_tokens)
         keep = (~flat).scatter(0, positions.clamp(max=flat.numel() - 1)[self.indices], True)
-        counts = torch.tensor(lengths, dtype=torch.int64, device=flat.device)
+        counts = numbers_on(flat.device, lengths, torch.int64)
         return Selection(
             indices=masked_positions(keep, sum(lengths)),
             frame_counts=counts,

@@ -77,7 +77,7 @@ def tables(
                 f"{frequencies.numel()} frequencies."
             )
         else:
-            moved = moved.movedim(0, -1)[..., torch.tensor(rope.axes, device=moved.device)]
+            moved = torch.stack([moved[axis] for axis in rope.axes], -1)
         angle = moved * frequencies.to(moved.device).double()
         cos.append(angle.cos().float().contiguous())
         sin.append(angle.sin().float().contiguous())

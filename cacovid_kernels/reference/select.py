@@ -103,7 +103,7 @@ def _fill_ranks(count: int, unranked: int, strict: bool, device: torch.device) -
         return j
     last, gaps = unranked - 1, count - 1
     if not strict and last < 2**24 and last > gaps * (1.0 + (last + 1.0) * 2.0**-21):
-        end = torch.tensor(float(last), dtype=torch.float32, device=device)
+        end = torch.full((), float(last), dtype=torch.float32, device=device)
         step = end / float(gaps)
         # One rounding, like the fused multiply-add that torch's vectorised code has here; exact as float64.
         down = (end.double() - step.double() * (gaps - j).double()).float()
