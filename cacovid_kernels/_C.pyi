@@ -26,7 +26,8 @@ def sample_combinations(
     log_prob: Tensor,
     frame_indices: Tensor,
     frame_log_prob: Tensor,
-    status: Tensor,
+    frame_status: Tensor,
+    frame_draw_status: Tensor,
     /,
 ) -> None: ...
 def gather_rows(

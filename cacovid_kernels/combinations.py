@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cacovid_kernels.selection import Selection
+from cacovid_kernels._numbers import numbers_on
+from cacovid_kernels.selection import Selection, status_of_videos
 
 
 def _mask(indices: Tensor, size: int) -> Tensor:
@@ -29,7 +30,8 @@ class Combinations:
         log_prob: `[G, F]` float32, ln of the probability of that group and of the ordered draw inside it.
         frame_indices: `[Gf, KF]` int64, flat positions in the packed frame axis, ascending, -1 as above.
         frame_log_prob: `[Gf, B]` float32, ln of the probability of the ordered draw of each video's frames.
-        status: `[B]` int32, bits of `Status` per video.
+        frame_status: `[F]` int32, bits of `Status` of every frame's token scores.
+        frame_draw_status: `[B]` int32, bits of `Status` of every video's frame scores; empty if none were asked for.
         lengths: tokens of one combination per video, known on the host; they sum to K.
         frame_lengths: frames of one frame combination per video; they sum to KF.
         grid_thw: frames, rows and columns per video.
@@ -40,10 +42,17 @@ class Combinations:
     log_prob: Tensor
     frame_indices: Tensor
     frame_log_prob: Tensor
-    status: Tensor
+    frame_status: Tensor
+    frame_draw_status: Tensor
     lengths: tuple[int, ...]
     frame_lengths: tuple[int, ...]
     grid_thw: tuple[tuple[int, int, int], ...]
+
+    @property
+    def status(self) -> Tensor:
+        """`[B]` int32, bits of `Status` per video, of token and frame scores together."""
+        status = status_of_videos(self.frame_status, self.grid_thw)
+        return status | self.frame_draw_status if self.frame_indices.shape[0] else status
 
     def mask(self) -> Tensor:
         """`[G, N]` bool over the packed token axis: true where a combination holds the token."""
@@ -56,5 +65,5 @@ class Combinations:
     def selection(self, row: int) -> Selection:
         """One combination as a `Selection`, to gather or repack with."""
         counts = [k // t for k, (t, _, _) in zip(self.lengths, self.grid_thw, strict=True) for _ in range(t)]
-        frame_counts = torch.tensor(counts, dtype=torch.int64, device=self.indices.device)
-        return Selection(self.indices[row], frame_counts, self.status, self.lengths, self.grid_thw)
+        frame_counts = numbers_on(self.indices.device, counts, torch.int64)
+        return Selection(self.indices[row], frame_counts, self.frame_status, self.lengths, self.grid_thw)

@@ -31,7 +31,8 @@ void sample_combinations(py::handle token_scores, py::handle frame_scores, const
                          const Ints& num_draw, const Ints& num_groups, const std::vector<double>& group_cap,
                          int64_t num_frame_samples, const Ints& num_frames, bool strict, int64_t seed, int64_t step,
                          int threads, py::handle indices, py::handle groups, py::handle log_prob,
-                         py::handle frame_indices, py::handle frame_log_prob, py::handle status) {
+                         py::handle frame_indices, py::handle frame_log_prob, py::handle frame_status,
+                         py::handle frame_draw_status) {
   const std::vector<CombinationPlan> plans = plans_of(grid_thw, num_draw, num_groups, group_cap, num_frames);
   const int64_t videos = static_cast<int64_t>(plans.size()), most = int64_t{1} << 24;
   check(num_samples >= 1 && num_samples <= most, "num_samples must be in [1, 2^24]");
@@ -60,7 +61,8 @@ void sample_combinations(py::handle token_scores, py::handle frame_scores, const
       output<float>(log_prob, "log_prob", num_samples * frames),
       output<int64_t>(frame_indices, "frame_indices", num_frame_samples * drawn_frames),
       output<float>(frame_log_prob, "frame_log_prob", num_frame_samples * videos),
-      output<int32_t>(status, "status", videos)};
+      output<int32_t>(frame_status, "frame_status", frames),
+      output<int32_t>(frame_draw_status, "frame_draw_status", num_frame_samples > 0 ? videos : 0)};
   const cpu::DrawKey key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), 0};
   const py::gil_scoped_release release;
   cpu::sample_combinations(x, f, plans.data(), videos, {num_samples, num_frame_samples, strict}, key, threads, out);

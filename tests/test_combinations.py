@@ -21,7 +21,7 @@ from cacovid_kernels.reference.random import gumbel_noise, ln_float, random_bits
 
 NAN, INF = math.nan, math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FIELDS = ("indices", "groups", "frame_indices", "status")
+FIELDS = ("indices", "groups", "frame_indices", "frame_status", "frame_draw_status", "status")
 FLOAT_FIELDS = ("log_prob", "frame_log_prob")
 
 
@@ -201,7 +201,8 @@ def test_videos_of_any_shape(backend):
     found = sample(tokens, frames, grid, keep_ratio=0.1)
     assert found.lengths == (6, 4, 10)
     assert found.frame_lengths == (1, 1, 1)
-    assert found.status.shape == (3,)
+    assert found.frame_status.shape == (6,)
+    assert found.status.shape == found.frame_draw_status.shape == (3,)
     mask = found.mask()
     assert (mask[:, :48].sum(1) == 6).all()
     assert (mask[:, 48:98].sum(1) == 4).all()
@@ -306,6 +307,7 @@ def test_tokens_without_a_chance_are_never_drawn(backend):
     assert found.indices[:, 8:].tolist() == [[80, 81, -1, -1]] * 200
     assert (found.groups[1:, [0, 2]] == 0).all()
     assert found.groups[1:, 1].max() == 2
+    assert found.frame_status.tolist() == [0, ck.Status.NAN, ck.Status.NAN | ck.Status.SHORT]
     assert found.status.tolist() == [ck.Status.NAN | ck.Status.SHORT]
     assert torch.allclose(found.log_prob[1:, 2].exp(), torch.tensor(0.5))  # two orders of two clamped weights
 
@@ -326,7 +328,8 @@ def test_frames_without_a_chance_are_never_drawn(backend):
         found = sample(torch.zeros(6, 20), frames, frame_ratio=0.3, num_frame_samples=50, mode=mode)
         assert (found.frame_mask().sum(1) == 2).all()
         assert not found.frame_mask()[:, [1, 3, 5]].any()
-        assert found.status.tolist() == [ck.Status.NAN]
+        assert found.frame_draw_status.tolist() == found.status.tolist() == [ck.Status.NAN]
+        assert found.frame_status.tolist() == [0] * 6
         short = sample(torch.zeros(6, 20), frames, frame_ratio=0.8, mode=mode)
         assert short.frame_indices.tolist() == [[0, 2, 4, -1, -1]] * 5
         assert short.status.tolist() == [ck.Status.NAN | ck.Status.SHORT]
@@ -386,7 +389,7 @@ def test_engine_refuses_what_would_write_out_of_bounds():
         "grid": [2, 4, 5], "draw": [3], "groups": [4], "cap": [0.5], "frames": [1],
         "indices": torch.empty(2, 6, dtype=i64), "drawn": torch.empty(2, 2, dtype=i64), "log_prob": torch.empty(2, 2),
         "frame_indices": torch.empty(0, 1, dtype=i64), "frame_log_prob": torch.empty(0, 1),
-        "status": torch.empty(1, dtype=torch.int32),
+        "frame_status": torch.empty(2, dtype=torch.int32), "frame_draw_status": torch.empty(0, dtype=torch.int32),
     }  # fmt: skip
 
     def call(samples=2, frame_samples=0, step=0, **changed):
@@ -394,7 +397,7 @@ def test_engine_refuses_what_would_write_out_of_bounds():
         ck._C.sample_combinations(
             a.get("x", x), None, a["grid"], samples, a["draw"], a["groups"], a["cap"], frame_samples, a["frames"],
             True, 0, step, 1, a["indices"], a["drawn"], a["log_prob"], a["frame_indices"], a["frame_log_prob"],
-            a["status"],
+            a["frame_status"], a["frame_draw_status"],
         )  # fmt: skip
 
     call()
@@ -402,7 +405,8 @@ def test_engine_refuses_what_would_write_out_of_bounds():
         {"draw": [6]}, {"draw": [-1]}, {"groups": [0]}, {"groups": [21]}, {"groups": [7]}, {"cap": [0.0]},
         {"cap": [NAN]}, {"frames": [3]}, {"grid": [2, 4, 6]}, {"grid": [2, 4]}, {"samples": 3}, {"samples": 0},
         {"frame_samples": 1},
-        {"step": 2**32}, {"x": x.long()}, {"x": x.reshape(4, 10)}, {"status": torch.empty(2, dtype=torch.int32)},
+        {"step": 2**32}, {"x": x.long()}, {"x": x.reshape(4, 10)}, {"frame_status": torch.empty(1, dtype=torch.int32)},
+        {"frame_draw_status": torch.empty(1, dtype=torch.int32)},
         {"log_prob": torch.empty(4, 2).t()}, {"indices": torch.empty(2, 6)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"must|need"):

@@ -23,7 +23,7 @@ def sample_combinations(
     strict: bool,
     seed: int,
     step: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     counts = grid_thw[::3]
     frames = sum(counts)
     drawn = sum(map(mul, counts, num_draw))
@@ -32,10 +32,11 @@ def sample_combinations(
     log_prob = torch.empty(num_samples, frames, dtype=torch.float32, device=CPU)
     frame_indices = torch.empty(num_frame_samples, sum(num_frames), dtype=torch.int64, device=CPU)
     frame_log_prob = torch.empty(num_frame_samples, len(num_draw), dtype=torch.float32, device=CPU)
-    status = torch.empty(len(num_draw), dtype=torch.int32, device=CPU)
+    frame_status = torch.empty(frames, dtype=torch.int32, device=CPU)
+    frame_draw_status = torch.empty(len(num_draw) if num_frame_samples else 0, dtype=torch.int32, device=CPU)
     engine().sample_combinations(
         token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, group_cap, num_frame_samples,
         num_frames, strict, seed, step, num_threads(), indices, groups, log_prob, frame_indices,
-        frame_log_prob, status,
+        frame_log_prob, frame_status, frame_draw_status,
     )  # fmt: skip
-    return indices, groups, log_prob, frame_indices, frame_log_prob, status
+    return indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status

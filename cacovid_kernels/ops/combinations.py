@@ -35,7 +35,8 @@ def _fake(token_scores, frame_scores, grid_thw, num_samples, num_draw, groups, c
         token_scores.new_empty(num_samples, frames, dtype=torch.float32),
         token_scores.new_empty(num_frame_samples, sum(num_frames), dtype=torch.int64),
         token_scores.new_empty(num_frame_samples, len(num_draw), dtype=torch.float32),
-        token_scores.new_empty(len(num_draw), dtype=torch.int32),
+        token_scores.new_empty(frames, dtype=torch.int32),
+        token_scores.new_empty(len(num_draw) if num_frame_samples > 0 else 0, dtype=torch.int32),
     )
 
 
@@ -43,7 +44,7 @@ _sample_combinations = Op(
     "combinations",
     "sample_combinations(Tensor token_scores, Tensor? frame_scores, SymInt[] grid_thw, SymInt num_samples, "
     "SymInt[] num_draw, SymInt[] num_groups, float[] group_cap, SymInt num_frame_samples, SymInt[] num_frames, "
-    "bool strict, SymInt seed, SymInt step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool strict, SymInt seed, SymInt step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 
@@ -212,15 +213,17 @@ def sample_combinations(
     token_scores = token_scores.detach() if token_scores.requires_grad else token_scores
     if token_scores.dim() > 1 and token_scores.shape[-1] != space.per_frame:
         token_scores = token_scores.reshape(-1)  # dense, but not in rows of one frame
-    indices, groups, log_prob, frame_indices, frame_log_prob, status = _sample_combinations(
+    indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status = _sample_combinations(
         token_scores, frame_scores, space.grid, num_samples, space.num_draw, space.num_groups, space.group_cap,
         num_frame_samples, space.num_frames, strict, seed, step,
     )  # fmt: skip
+    found = Combinations(
+        indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status,
+        space.lengths, space.frame_lengths, grid,
+    )  # fmt: skip
     if check == "raise":
-        raise_if_flagged(_OP, status, "video")
-    return Combinations(
-        indices, groups, log_prob, frame_indices, frame_log_prob, status, space.lengths, space.frame_lengths, grid
-    )
+        raise_if_flagged(_OP, found.status, "video")
+    return found
 
 
 def _check_frames(frame_scores: Tensor, token_scores: Tensor, frames: int) -> Tensor:

@@ -103,7 +103,7 @@ def _log_weight(weight: Tensor) -> Tensor:
 def _token_combinations(
     scores: Tensor, video: int, num_samples: int, num_draw: int, num_groups: int, group_cap: float, seed: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One video `[T, P]` -> token in its frame `[S, T, k]` ascending, group `[S, T]`, log_prob `[S, T]`, status."""
+    """One video `[T, P]` -> token in its frame `[S, T, k]` ascending, group, log_prob `[S, T]`, status `[T]`."""
     frames, tokens = scores.shape
     device = scores.device
     group, probability, weight = combination_space(scores, num_draw, num_groups, group_cap)
@@ -130,14 +130,11 @@ def _token_combinations(
         log_prob.append((probability.gather(1, drawn[:, None])[:, 0].log() + inside).float())
     picked = torch.stack(indices)[:num_samples]
     status = row_status(scores) | torch.where((weight > 0).sum(1) < num_draw, SHORT, 0).int()
-    combined = status[0]
-    for bits in status[1:]:
-        combined = combined | bits
     return (
         torch.where(picked == tokens, -1, picked),
         torch.stack(groups)[:num_samples],
         torch.stack(log_prob)[:num_samples],
-        combined,
+        status,
     )
 
 
@@ -189,11 +186,11 @@ def sample_combinations(
     strict: bool,
     seed: int,
     step: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Indices `[S, K]`, groups `[S, F]`, log_prob `[S, F]`, frame_indices `[SF, KF]`, frame_log_prob `[SF, B]`,
-    status `[B]`. Sample 0 holds the best tokens and the best frames."""
+    status of the frames `[F]` and of their draws `[B]`. Sample 0 holds the best tokens and the best frames."""
     indices, groups, log_prob, status = [], [], [], []
-    frame_indices, frame_log_prob = [], []
+    frame_indices, frame_log_prob, frame_draw_status = [], [], []
     tokens = frames = 0
     for v in range(len(num_draw)):
         t, p = grid_thw[3 * v], grid_thw[3 * v + 1] * grid_thw[3 * v + 2]
@@ -212,13 +209,14 @@ def sample_combinations(
             )
             frame_indices.append(torch.where(chosen < 0, -1, chosen + frames))
             frame_log_prob.append(probability[:, None])
-            flags = flags | frame_flags
-        status.append(flags.reshape(1))
+            frame_draw_status.append(frame_flags.reshape(1))
+        status.append(flags)
         tokens += t * p
         frames += t
     if not frame_indices:
         frame_indices = [token_scores.new_empty(0, sum(num_frames), dtype=torch.int64)]
         frame_log_prob = [token_scores.new_empty(0, len(num_draw), dtype=torch.float32)]
+        frame_draw_status = [token_scores.new_empty(0, dtype=torch.int32)]
     return (
         torch.cat(indices, 1),
         torch.cat(groups, 1),
@@ -226,4 +224,5 @@ def sample_combinations(
         torch.cat(frame_indices, 1),
         torch.cat(frame_log_prob, 1),
         torch.cat(status),
+        torch.cat(frame_draw_status),
     )

@@ -116,8 +116,8 @@ void frame_weights(const Tensor& scores, int64_t first, const CombinationPlan& p
   }
   rank_by_sorting(keys, n, order);
   const int64_t valid = count_valid(keys, n);
-  status |= (keys[order[n - 1]] == key_nan ? status_nan : 0) | (keys[order[0]] == key_posinf ? status_posinf : 0) |
-            (valid < p.num_frames ? status_short : 0);
+  status = (keys[order[n - 1]] == key_nan ? status_nan : 0) | (keys[order[0]] == key_posinf ? status_posinf : 0) |
+           (valid < p.num_frames ? status_short : 0);
   combination_loops().exps(score, n, score[order[0]], score);
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += to_fixed(static_cast<double>(score[i]));
@@ -184,7 +184,6 @@ void sample_combinations(Tensor token_scores, Tensor frame_scores, const Combina
   const int64_t frames = static_cast<int64_t>(tasks.size());
   const int64_t tokens = frames > 0 ? all[frames - 1].out + plans[all[frames - 1].video].num_draw : 0;
   const int64_t chunks = (samples.tokens + samples_per_task - 1) / samples_per_task;
-  int32_t* flags = scratch<struct flag_scratch, int32_t>(frames);
   int64_t work = 1;
   for (int64_t v = 0; v < videos; ++v) {
     const int64_t slots = plans[v].tokens_per_frame / plans[v].num_groups + 1;
@@ -214,7 +213,7 @@ void sample_combinations(Tensor token_scores, Tensor frame_scores, const Combina
                           out.log_prob + first * frames + task.row,
                           frames};
       if (first == 0) {
-        flags[task.row] = keys.status | (space.valid < p.num_draw ? status_short : 0);
+        out.frame_status[task.row] = keys.status | (space.valid < p.num_draw ? status_short : 0);
         best_tokens(space, p, draws);
         draws = {1,
                  last - 1,
@@ -232,15 +231,12 @@ void sample_combinations(Tensor token_scores, Tensor frame_scores, const Combina
       draw_tokens(space, p, draws);
     }
   });
+  if (samples.frames == 0) return;
   int64_t frame_columns = 0, row = 0, column = 0;
   for (int64_t v = 0; v < videos; ++v) frame_columns += plans[v].num_frames;
   for (int64_t v = 0; v < videos; ++v) {
-    out.status[v] = status_ok;
-    for (int64_t f = 0; f < plans[v].frames; ++f) out.status[v] |= flags[row + f];
-    if (samples.frames > 0) {
-      draw_frames(frame_scores, row, plans[v], v, samples.frames, samples.strict, key, out.frame_indices + column,
-                  frame_columns, out.frame_log_prob + v, videos, out.status[v]);
-    }
+    draw_frames(frame_scores, row, plans[v], v, samples.frames, samples.strict, key, out.frame_indices + column,
+                frame_columns, out.frame_log_prob + v, videos, out.frame_draw_status[v]);
     row += plans[v].frames;
     column += plans[v].num_frames;
   }

@@ -265,9 +265,10 @@ inline OpCall call_combinations(Random& random) {
     Outputs out;
     const int64_t videos = static_cast<int64_t>(plans.size());
     const cpu::CombinationOutputs to = {
-        out.add_i64(samples.tokens * drawn),  out.add_i64(samples.tokens * frames),
-        out.add_f32(samples.tokens * frames), out.add_i64(samples.frames * drawn_frames),
-        out.add_f32(samples.frames * videos), out.add_i32(videos)};
+        out.add_i64(samples.tokens * drawn),         out.add_i64(samples.tokens * frames),
+        out.add_f32(samples.tokens * frames),        out.add_i64(samples.frames * drawn_frames),
+        out.add_f32(samples.frames * videos),        out.add_i32(frames),
+        out.add_i32(samples.frames > 0 ? videos : 0)};
     cpu::sample_combinations(scores->view, frame_scores->view, plans.data(), videos, samples, key, threads, to);
     CHECK(inside(to.indices, samples.tokens * drawn, -1, tokens));
     CHECK(inside(to.frame_indices, samples.frames * drawn_frames, -1, frames));

@@ -59,7 +59,7 @@ struct Result {
   Output<float> log_prob;
   Output<int64_t> frame_indices;
   Output<float> frame_log_prob;
-  Output<int32_t> status;
+  Output<int32_t> frame_status, frame_draw_status;
 
   Result(Random& random, const Call& c, cpu::CombinationSamples samples, int threads)
       : indices(random, samples.tokens * c.drawn),
@@ -67,9 +67,11 @@ struct Result {
         log_prob(random, samples.tokens * c.frames),
         frame_indices(random, samples.frames * c.drawn_frames),
         frame_log_prob(random, samples.frames * c.videos),
-        status(random, c.videos) {
-    cpu::sample_combinations(c.scores.view, c.frame_scores.view, c.plans.data(), c.videos, samples, c.key, threads,
-                             {indices, groups, log_prob, frame_indices, frame_log_prob, status});
+        frame_status(random, c.frames),
+        frame_draw_status(random, samples.frames > 0 ? c.videos : 0) {
+    cpu::sample_combinations(
+        c.scores.view, c.frame_scores.view, c.plans.data(), c.videos, samples, c.key, threads,
+        {indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status});
   }
 };
 
@@ -131,18 +133,18 @@ TEST(frame_combinations_hold_frames_of_every_video) {
         CHECK(s > 0 || r.frame_log_prob[v] == 0.0f);
         CHECK(std::isfinite(r.frame_log_prob[s * c.videos + v]) && r.frame_log_prob[s * c.videos + v] < 1e-5f);
       }
-      int32_t flags = c.samples.frames > 0 && valid < p.num_frames ? status_short : 0;
+      int32_t draw_flags = valid < p.num_frames ? status_short : 0;
       for (int64_t f = 0; f < p.frames; ++f, ++frame, token += p.tokens_per_frame) {
         const Ints tokens = ranked(c.scores, token, p.tokens_per_frame);
-        flags |= count_chances(c.scores, tokens) < p.num_draw ? status_short : 0;
+        int32_t flags = count_chances(c.scores, tokens) < p.num_draw ? status_short : 0;
         for (const int64_t i : tokens) {
           flags |= (std::isnan(c.scores.value(i)) ? status_nan : 0) | (c.scores.value(i) > 3.5e38 ? status_posinf : 0);
         }
-        if (c.samples.frames == 0) continue;
+        CHECK_EQ(r.frame_status[frame], flags);
         const double x = c.frame_scores.value(frame);
-        flags |= (std::isnan(x) ? status_nan : 0) | (x > 3.5e38 ? status_posinf : 0);
+        draw_flags |= (std::isnan(x) ? status_nan : 0) | (x > 3.5e38 ? status_posinf : 0);
       }
-      CHECK_EQ(r.status[v], flags);
+      if (c.samples.frames > 0) CHECK_EQ(r.frame_draw_status[v], draw_flags);
       column += p.num_frames;
     }
   });
@@ -175,9 +177,9 @@ TEST(groups_come_as_often_as_they_say) {
     const RandomTensor scores(random, DType::f32, {plan.tokens_per_frame}, Values::plain);
     const Output<int64_t> none(random, 0), groups(random, samples);
     const Output<float> log_prob(random, samples), no_frames(random, 0);
-    const Output<int32_t> status(random, 1);
+    const Output<int32_t> status(random, 1), no_status(random, 0);
     cpu::sample_combinations(scores.view, Tensor{}, &plan, 1, {samples, 0, false}, {random.next(), 0, 0}, 2,
-                             {none, groups, log_prob, none, no_frames, status});
+                             {none, groups, log_prob, none, no_frames, status, no_status});
     std::map<int64_t, std::pair<double, double>> seen;  // probability, count
     for (int64_t s = 1; s < samples; ++s) {
       std::pair<double, double>& g = seen[groups[s]];

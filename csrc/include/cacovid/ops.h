@@ -56,12 +56,13 @@ struct CombinationSamples {
   bool strict;             // frames: cap every probability at 3 / T, or the published floor of 1 / Gf^2
 };
 struct CombinationOutputs {
-  int64_t* indices;        // [G, sum of frames * num_draw] flat token positions, ascending in each frame, then -1
-  int64_t* groups;         // [G, F] group that was drawn, -1 in the first row
-  float* log_prob;         // [G, F] ln of the probability of the group and the ordered draw inside it
-  int64_t* frame_indices;  // [Gf, sum of num_frames] flat frame positions, ascending in each video, then -1
-  float* frame_log_prob;   // [Gf, videos]
-  int32_t* status;         // [videos]
+  int64_t* indices;            // [G, sum of frames * num_draw] flat token positions, ascending in each frame, then -1
+  int64_t* groups;             // [G, F] group that was drawn, -1 in the first row
+  float* log_prob;             // [G, F] ln of the probability of the group and the ordered draw inside it
+  int64_t* frame_indices;      // [Gf, sum of num_frames] flat frame positions, ascending in each video, then -1
+  float* frame_log_prob;       // [Gf, videos]
+  int32_t* frame_status;       // [F] of every frame's token scores
+  int32_t* frame_draw_status;  // [videos] of every video's frame scores; unused without frame combinations
 };
 
 // token_scores [N], [T, P] or [B, T, P], frame_scores [F] or [B, T], f32 | f16 | bf16; the key's stream is unused.
