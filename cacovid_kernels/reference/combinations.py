@@ -90,7 +90,7 @@ def combination_space(
     whole = starts[:-1] + num_draw <= chance.sum(1, keepdim=True)  # [T, G]: num_draw of its tokens have a chance
     probability = cap_shares(share, whole.sum(1).clamp(min=1), group_cap)
     scaled = e * (1.0 / (total * (share + 1e-8))).float().gather(1, group)
-    uniform = torch.tensor(1.0 / (tokens // num_groups), device=e.device)
+    uniform = e.new_full((), 1.0 / (tokens // num_groups))  # a fill: copies from the host wait for a device
     weight = torch.minimum(torch.maximum(scaled, 0.5 * uniform), 2.0 * uniform)
     return group, probability, torch.where(chance, weight, 0.0)
 

@@ -44,9 +44,11 @@ def random_bits(column: Tensor, row: Tensor, sample: Tensor, seed: int, step: in
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """a * b + c of float32 values, rounded once: the float64 sum is rounded to odd, then to float32."""
-    as_float32 = a.new_tensor
-    product = a.double() * as_float32(b).double() if isinstance(b, float) else a.double() * b.double()
-    addend = as_float32(c).double() if isinstance(c, float) else c.double()
+
+    def as_double(x: Tensor | float) -> Tensor:  # by a fill: a copy from the host would wait for the device
+        return (a.new_full((), x) if isinstance(x, float) else x).double()
+
+    product, addend = a.double() * as_double(b), as_double(c)
     total = product + addend
     virtual = total - product
     error = (product - (total - virtual)) + (addend - virtual)
