@@ -204,25 +204,21 @@ def _decode_kernel(words, out, first: tl.int64, n: tl.int64, blocks: tl.int64, k
 
 
 def row_keys(
-    scores: Tensor, first: int, items: int, seed: int = 0, step: int = 0, stream: int = 0, *, noise: bool
-) -> tuple[Tensor, Tensor]:
-    """Order keys of rows `[R, N]`, with Gumbel noise or without.
+    scores: Tensor, first: int, items: int, flags: Tensor, seed: int = 0, step: int = 0, stream: int = 0, *, noise: bool
+) -> Tensor:
+    """Order keys `[items, N]` of rows `[R, N]`, with Gumbel noise or without: int32, the bits of uint32.
 
-    Item i of the `items` is row (first + i) % R of sample (first + i) // R.
-
-    Returns:
-        Keys `[items, N]` int32, bits of uint32, where noise leaves 0 to scores without a chance; and flags `[2, R]`
-        int32: the status and the number of scores above -inf of every row that is among the items of sample 0.
+    Item i is row (first + i) % R of sample (first + i) // R. Noise leaves 0 to scores without a chance. For every row
+    of sample 0 `flags` `[2, R]` int32, which starts as zeros, gets its status and how many scores are above -inf.
     """
     rows, n = scores.shape
     chunks = triton.cdiv(n, CHUNK)
     keys = torch.empty(items, n, dtype=torch.int32, device=scores.device)
-    flags = torch.zeros(2, rows, dtype=torch.int32, device=scores.device)
     launch(
         _keys_kernel, (items * chunks,), scores, keys, flags, first, n, chunks, rows, scores.stride(0),
         scores.stride(1), seed, step, stream, num_warps=8, NOISE=noise, CHUNK=CHUNK,
     )  # fmt: skip
-    return keys, flags
+    return keys
 
 
 def emit_rows(keys: Tensor, k: int, out: Tensor, *, first: int = 0, ranked: bool, pad: bool = False) -> None:
@@ -279,7 +275,8 @@ def _run(rows: Tensor, first: int, k: int, ranked: bool, out: Tensor, status: Te
     """The k best of rows `[R, n]` that start at flat position `first`, to `out` `[R * k]` and `status` `[R]`."""
     count, n = rows.shape
     if n > CHUNK:
-        keys, flags = row_keys(rows, 0, count, noise=False)
+        flags = torch.zeros(2, count, dtype=torch.int32, device=rows.device)
+        keys = row_keys(rows, 0, count, flags, noise=False)
         emit_rows(keys, k, out.view(count, k), first=first, ranked=ranked)
         status.copy_(flags[0])
         return

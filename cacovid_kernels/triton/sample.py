@@ -1,0 +1,90 @@
+"""Gumbel top-k: one launch draws, ranks and weighs rows up to `CHUNK` elements."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cacovid_kernels.triton.exact import order_key, rank_word, word_index, word_key
+from cacovid_kernels.triton.launch import block, launch
+from cacovid_kernels.triton.noise import gumbel_noise, random_bits
+from cacovid_kernels.triton.plackett_luce import (
+    SCRATCH,
+    add_weights,
+    load_double,
+    log_weight,
+    pl_log_prob,
+    pl_log_prob_backward,
+    pl_log_prob_double_backward,
+    weight_of,
+)
+from cacovid_kernels.triton.topk import CHUNK, emit_rows, row_keys, sorting_warps, status_bits
+
+SHORT = tl.constexpr(4)
+
+
+@triton.jit(do_not_specialize=["n", "k", "rows", "samples", "seed", "step", "stream", "row_stride"])
+def _race_kernel(
+    logits, indices, log_prob, status, n: tl.int32, k: tl.int32, rows: tl.int64, samples: tl.int64,
+    row_stride: tl.int64, stride: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0).to(tl.int64)
+    row, sample = item % rows, item // rows
+    logits += row * row_stride
+    i = tl.arange(0, BLOCK)
+    x = tl.load(logits + i.to(tl.int64) * stride, mask=i < n, other=0.0).to(tl.float32)
+    chance = (x > float("-inf")) & (i < n)
+    if sample == 0:
+        short = tl.where(tl.sum(chance.to(tl.int32), 0) < k, SHORT, 0)
+        tl.store(status + row, status_bits(x) | short)
+    if sample < samples:
+        zero = tl.zeros((BLOCK,), tl.int64)
+        noise = gumbel_noise(random_bits(i, zero + row, zero + sample, seed, step, stream))
+        key = tl.where(chance, order_key(x + noise), 0)
+        # Ascending: the race gains weight from its last stage to its first.
+        word = tl.sort(rank_word(key, i))
+        index, runs, j = word_index(word), word_key(word) > 0, BLOCK - 1 - i
+        logit = load_double(logits + index * stride, runs)
+        certain = logit == float("inf")  # these come first: what is left at later stages is finite
+        top, total = weight_of(tl.where(certain, float("-inf"), logit))
+        top, total = tl.associative_scan((top, total), 0, add_weights)
+        counts = runs & (certain == 0) & (j < k)
+        value = tl.where(counts, tl.where(counts, logit, 0.0) - log_weight(top, total), 0.0)
+        tl.store(indices + item * k + j, tl.where(runs, index, -1), mask=j < k)
+        tl.store(log_prob + item, tl.sum(value, 0).to(tl.float32))
+
+
+def gumbel_topk(
+    logits: Tensor, k: int, num_samples: int, seed: int, step: int, stream: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices `[S, R, k]` int64 in draw order, their log-probability `[S, R]` float32, status `[R]` int32."""
+    rows, n = logits.shape
+    indices = torch.empty(num_samples, rows, k, dtype=torch.int64, device=logits.device)
+    if n > CHUNK:
+        status = _draw_long(logits, k, num_samples, seed, step, stream, indices)
+        return indices, pl_log_prob(logits, indices), status
+    log_prob = torch.empty(num_samples, rows, dtype=torch.float32, device=logits.device)
+    status = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    size = block(n)
+    launch(
+        _race_kernel, (rows * max(num_samples, 1),), logits, indices, log_prob, status, n, k, rows, num_samples,
+        *logits.stride(), seed, step, stream, num_warps=sorting_warps(size), BLOCK=size,
+    )  # fmt: skip
+    return indices, log_prob, status
+
+
+def _draw_long(logits: Tensor, k: int, num_samples: int, seed: int, step: int, stream: int, indices: Tensor) -> Tensor:
+    """Writes the draws `[S, R, k]` from rows of any length, a few at a time; returns their status `[R]`."""
+    rows, n = logits.shape
+    flags = torch.zeros(2, rows, dtype=torch.int32, device=logits.device)
+    draws = indices.view(num_samples * rows, k)
+    items, together = rows * max(num_samples, 1), max(1, SCRATCH // (4 * n))
+    for first in range(0, items, together):  # of no samples, too, there is a status
+        count = min(together, items - first)
+        keys = row_keys(logits, first, count, flags, seed, step, stream, noise=True)
+        if num_samples:
+            emit_rows(keys, k, draws[first : first + count], ranked=True, pad=True)
+    return flags[0] | torch.where(flags[1] < k, 4, 0).int()
+
+
+__all__ = ["gumbel_topk", "pl_log_prob", "pl_log_prob_backward", "pl_log_prob_double_backward"]
