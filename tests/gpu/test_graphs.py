@@ -1,0 +1,87 @@
+"""CUDA graphs: every op is captured once and replayed over fresh inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cacovid_kernels as ck
+
+from .problems import Problem, Tensors, assert_same, bits, combinations, gumbel, on, problems
+
+
+def replay(gpu, problem: Problem, times: int) -> None:
+    """Captures `problem` and replays it `times` times, each with inputs of its own."""
+    static = on(gpu.device, problem.make(0))
+    captured = gpu.capture(lambda: problem.run(static))
+    wrong = torch.zeros((), dtype=torch.int64, device=gpu.device)
+    for seed in range(1, times + 1):
+        inputs = problem.make(seed)
+        with ck.use_backend("cpu"):
+            wanted = problem.run(inputs)
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        captured.replay()
+        wrong += _differences(gpu, captured.out, wanted, problem.close)
+    assert int(wrong) == 0
+
+
+def _differences(gpu, found: Tensors, wanted: Tensors, close: frozenset[str]) -> torch.Tensor:
+    """How many results differ, counted on the GPU."""
+    count = torch.zeros((), dtype=torch.int64, device=gpu.device)
+    for name, x in found.items():
+        y = wanted[name].to(gpu.device)
+        if name in close:
+            tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
+            count += (~torch.isclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)).any()
+        else:
+            count += (bits(x) != bits(y)).any()
+    return count
+
+
+# Small inputs, so that making 1,000 of them and their answers does not take minutes.
+GRAPHED = problems(True)
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_replays_over_fresh_inputs(gpu, repeats, name):
+    replay(gpu, GRAPHED[name], repeats(1000))
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_a_usual_size_is_captured(gpu, small, name):
+    replay(gpu, problems(small)[name], 1 if small else 10)
+
+
+@pytest.mark.parametrize("sampler", [gumbel, combinations])
+def test_a_graph_draws_the_noise_of_its_step(gpu, repeats, sampler):
+    """Seed and step are numbers of the host: a graph keeps those it was captured with."""
+    per_graph = 100
+    results = []
+    for step in range(max(repeats(1000) // per_graph, 2)):
+        problem = sampler(True, step=step)
+        replay(gpu, problem, min(per_graph, repeats(1000)))
+        results.append(problem.run(on(gpu.device, problem.make(0))))
+    assert any(not torch.equal(results[0]["indices"], other["indices"]) for other in results[1:])
+
+
+def test_ops_of_a_whole_step_in_one_graph(gpu, small):
+    """Scores to selection to compaction, as serving would capture it."""
+    t, p, size = (3, 16, 32) if small else (32, 196, 3584)
+    torch.manual_seed(0)
+    heads = [ck.PolicyHead(size).to(gpu.device, torch.bfloat16) for _ in range(2)]
+    weight = torch.ones(size, dtype=torch.bfloat16, device=gpu.device)
+    hidden = torch.randn(t * p, size, dtype=torch.bfloat16, device=gpu.device)
+
+    def step() -> Tensors:
+        with torch.no_grad():
+            tokens, frames = ck.score_tokens(hidden, *heads, [(t, 1, p)], norm_weight=weight)
+        kept = ck.select_tokens(tokens, frames, [(t, 1, p)], keep_ratio=0.25)
+        return {"rows": ck.gather_tokens(hidden, kept), "indices": kept.indices}
+
+    captured = gpu.capture(step)
+    for _ in range(3):
+        hidden.copy_(torch.randn(t * p, size).to(hidden.dtype))
+        captured.replay()
+        assert_same(captured.out, step())
+        assert torch.equal(captured.out["rows"], hidden[captured.out["indices"]])
