@@ -13,7 +13,7 @@ BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
 
-.PHONY: help dev demo test aot mutants bench lint format sanitize wheel nightly doctor clean
+.PHONY: help dev demo test aot mutants bench gpu lint format sanitize wheel nightly doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
@@ -44,6 +44,9 @@ mutants: $(VENV)/.built  ## plant bugs in the kernels; the tests must find each
 
 bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
 	$(call timed,benchmarks,$(PY) -m pytest bench $(BENCH) $(if $(RESULTS),--save-results $(RESULTS)))
+
+gpu:  ## evidence on a GPU, with its own python3: PART=tests|bench|sanitize|profile, DRY=1 without a GPU
+	$(call timed,gpu,$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) $(if $(RESULTS),--results $(RESULTS)) $(FLAGS))
 
 lint: $(VENV)/.installed  ## ruff, mypy, clang-format
 	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.inl,$(SOURCES)))

@@ -1,0 +1,416 @@
+"""Evidence on a GPU: builds, tests, races, checks for races and bad accesses, profiles. Needs no network.
+
+    python bench/gpu.py [--part tests|bench|sanitize|profile|all] [--dry-run] [--results FILE] [--budget SECONDS]
+
+Runs under the Python that has torch, triton, pybind11, cmake, ninja and pytest; creates no environment. Each part ends
+within its budget and names what it had no time for. Results are appended line by line to bench/results/<gpu>.jsonl;
+a part replaces its own earlier lines. `--dry-run` runs everything but the launches on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpu_device import Device
+    from gpu_measure import Results
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("tests", "bench", "sanitize", "profile")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+METRICS = {
+    "us": "gpu__time_duration.sum",
+    "bytes_read": "dram__bytes_read.sum",
+    "bytes_written": "dram__bytes_write.sum",
+    "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "registers": "launch__registers_per_thread",
+    "shared_bytes": "launch__shared_mem_per_block",
+    "blocks": "launch__grid_size",
+    "threads": "launch__block_size",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "possible_occupancy_percent": "sm__maximum_warps_per_active_cycle_pct",
+}
+
+
+def build() -> None:
+    """The native module, beside the sources as an editable installation has it; nothing if it is newer than they."""
+    import pybind11
+
+    module = ROOT / "cacovid_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*"), *(ROOT / "python").glob("*.*")]
+    if module.exists() and module.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        print(f"built already: {module.relative_to(ROOT)}")
+        return
+    start, work = time.monotonic(), ROOT / "build" / "gpu"
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja", "-DCACOVID_PYTHON=ON", "-DCACOVID_TESTS=OFF",
+        "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]  # fmt: skip
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for command in (configure, ["cmake", "--build", str(work)]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path})
+    print(f"built {module.relative_to(ROOT)} in {time.monotonic() - start:.0f} s")
+
+
+def environment(dry: bool, **extra: str) -> dict[str, str]:
+    """For child processes: this checkout, and in a dry run Triton's interpreter."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, **({"TRITON_INTERPRET": "1"} if dry else {}), **extra}
+
+
+# ---- tests --------------------------------------------------------------------------------------
+
+
+def pytest_command(*extra: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-m", "gpu", "-q", "--tb=short", *extra]
+
+
+def tests(gpu: Device, results: Results, budget: float) -> bool:
+    """All tests marked gpu: the large ones alone, the others in several processes, because compiling takes cores."""
+    end = time.monotonic() + budget
+    alone = ["test_large.py", "test_memory.py"]
+    shards = gpu.pick(max(1, min(8, (os.cpu_count() or 2) // 2)), 1)
+    scale = "dry" if gpu.dry else "full"
+    folder = Path(tempfile.mkdtemp(prefix="cacovid-gpu-"))
+
+    def start(name: str, seconds: float, shard: str, *extra: str) -> subprocess.Popen:
+        row_file = folder / f"{name}.jsonl"
+        env = environment(
+            gpu.dry, CACOVID_GPU_SCALE=scale, CACOVID_GPU_SHARD=shard, CACOVID_GPU_SECONDS=str(seconds),
+            CACOVID_GPU_RESULTS=str(row_file),
+        )  # fmt: skip
+        log = (folder / f"{name}.log").open("w")
+        return subprocess.Popen(pytest_command(*extra), env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+
+    def finish(processes: dict[str, subprocess.Popen]) -> list[str]:
+        bad = []
+        for name, process in processes.items():
+            try:
+                code = process.wait(timeout=max(1, end + 20 - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+                bad.append(f"{name}: stopped, it ran past the budget")
+            if code not in (0, 1, 5):  # passed, failed, nothing collected
+                bad.append(f"{name}: pytest ended with {code}\n" + (folder / f"{name}.log").read_text()[-3000:])
+        return bad
+
+    large = [str(ROOT / "tests" / "gpu" / name) for name in alone]
+    ignored = [f"--ignore={path}" for path in large]
+    first = 0.7 * budget
+    trouble = finish({f"shard{i}": start(f"shard{i}", first, f"{i}/{shards}", *ignored) for i in range(shards)})
+    command = pytest_command()
+    others = [path for path in (ROOT / "tests" / "gpu").glob("test_*.py") if path.name not in alone]
+    left = end - time.monotonic()
+    trouble += finish({"alone": start("alone", left, "0/1", *(f"--ignore={path}" for path in others))})
+    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    for row in rows:
+        results.add(**row)
+    outcomes = Counter(row["outcome"] for row in rows)
+    print(f"{command[3]}: {dict(outcomes)}; {sum(row.get('cases', 0) for row in rows)} random cases compared")
+    for row in rows:
+        if row["outcome"] == "skipped":
+            print(f"  skipped {row['test']}: {row['reason']}")
+    for row in rows:
+        if row["outcome"] == "failed":
+            print(f"  FAILED {row['test']}\n{row['reason'][-700:]}")
+    for text in trouble:
+        print(f"  {text}")
+    print(f"logs: {folder}")
+    return not trouble and outcomes["failed"] == 0 and outcomes["passed"] > 0
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+
+def bench(gpu: Device, results: Results, budget: float) -> bool:
+    """Every race that the budget has room for, then the aims."""
+    import gpu_gates
+    import gpu_measure
+    import gpu_races
+    import torch
+
+    end = time.monotonic() + budget
+    limits = gpu_measure.ceilings(gpu, results)
+    skipped: list[str] = []
+    for key, make in gpu_races.races(gpu):
+        if time.monotonic() > end:
+            skipped.append(key)
+            continue
+        start = time.monotonic()
+        torch._dynamo.reset()
+        skipped += gpu_measure.run(gpu, key, make(), limits, results, end)
+        gpu.cuda.empty_cache()
+        print(f"{key}: {time.monotonic() - start:.1f} s", flush=True)
+    print(
+        f"\n{'us of one call':30} {'contestant':32} {'graph':>9} {'cold':>9} {'eager':>9} {'launches':>8} {'x ours':>8}"
+    )
+    for row in results.rows:
+        if row["family"] != "ceilings":
+            print(_line(row))
+    text, verdicts = gpu_gates.table(results.rows, gpu.dry)
+    for verdict in verdicts:
+        results.add(**verdict)
+    print(f"\n{text}")
+    for name in skipped:
+        print(f"skipped for lack of time: {name}")
+        results.add(family="skipped", key=name)
+    return not any("error" in row and row["contestant"] == "ours" for row in results.rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    us = row.get("us", {})
+    shown = [
+        f"{us[mode]:.2f}" if us.get(mode) is not None else "-" for mode in ("graph_warm", "graph_cold", "eager_warm")
+    ]
+    ratios = row.get("ratio_to_ours", {})
+    ratio = ratios.get("graph_cold") or ratios.get("eager_cold")
+    return (
+        f"{row['key']:30} {row['contestant']:32} {shown[0]:>9} {shown[1]:>9} {shown[2]:>9} "
+        f"{row.get('launches', '-'):>8} {f'{ratio:.2f}' if ratio else 'error' if 'error' in row else '-':>8}"
+    )
+
+
+# ---- sanitize -----------------------------------------------------------------------------------
+
+
+def find_tool(name: str) -> str | None:
+    folders = [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+
+
+def sanitize(gpu: Device, results: Results, budget: float) -> bool:
+    """A few cases of every op under each of compute-sanitizer's tools."""
+    tool = find_tool("compute-sanitizer")
+    if tool is None and not gpu.dry:
+        print("compute-sanitizer is not on this machine: nothing was checked")
+        results.add(family="sanitize", tool=None, verdict="not here")
+        return True
+    suite = pytest_command("-k", "test_usual_sizes or test_random_cases or test_bad_values")
+    # Every tensor an allocation of its own, so that reading past one is seen.
+    env = environment(gpu.dry, CACOVID_GPU_SCALE="cut", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    good, end = True, time.monotonic() + budget
+    tools = TOOLS[: gpu.pick(len(TOOLS), 1)]
+    for i, name in enumerate(tools):
+        seconds = (end - time.monotonic()) / (len(tools) - i)
+        if gpu.dry:  # without a GPU: does the suite exist
+            command = [*suite, "--collect-only"]
+        else:
+            command = [str(tool), "--tool", name, "--error-exitcode", "86", "--print-limit", "5", *suite]
+        start = time.monotonic()
+        run = _run(command, {**env, "CACOVID_GPU_SECONDS": str(0.8 * seconds)}, seconds)
+        verdict = {0: gpu.pick("clean", "dry run"), 86: "ERRORS", None: "stopped at its time"}.get(run[0], f"ended with {run[0]}")
+        good &= run[0] in (0, None)
+        lines = [line for line in run[1].splitlines() if "ERROR SUMMARY" in line or "passed" in line or "=====" in line]
+        tail = (
+            "\n".join(lines[-25:])
+            if run[0] != 0
+            else " ".join(line for line in lines if "SUMMARY" in line or "passed" in line)
+        )
+        results.add(
+            family="sanitize", tool=name, verdict=verdict, seconds=time.monotonic() - start, output=tail[-4000:]
+        )
+        print(f"{name:10} {verdict:20} {time.monotonic() - start:6.0f} s  {tail if run[0] == 0 else run[1][-1500:]}")
+    return good
+
+
+def _run(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, str]:
+    """Exit status, None if it took too long, and output."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        try:
+            code: int | None = process.wait(timeout=max(1, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = None
+        out.seek(0)
+        return code, out.read()
+
+
+# ---- profile ------------------------------------------------------------------------------------
+
+
+def each_race(gpu: Device, seconds: float, action: Callable[[str, Callable[[], Any]], None]) -> bool:
+    """`action(key, our call)` for the first races, each of another shape; one that fails stops no other."""
+    import gpu_races
+
+    good, end, seen = True, time.monotonic() + seconds, set()
+    for key, make in gpu_races.races(gpu):
+        if time.monotonic() > end or len(seen) == 16:
+            print(f"skipped: {key}")
+            continue
+        try:
+            race = make()
+            seen.add(race.shape)
+            action(key, lambda race=race: race.contestants["ours"](*race.inputs[0]))
+        except Exception:
+            print(f"{key} failed:\n{traceback.format_exc(limit=-4)}")
+            good = False
+        gpu.cuda.empty_cache()
+    return good
+
+
+def profile(gpu: Device, results: Results, budget: float) -> bool:
+    """Bytes, occupancy and registers of the kernels of one call per race, from ncu; times alone where it is missing."""
+    tool = find_tool("ncu")
+    if tool is not None and not gpu.dry:
+        command = [
+            tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
+            "--print-units", "base", "--metrics", ",".join(METRICS.values()),
+            sys.executable, str(Path(__file__).resolve()), "--one-call-each", "--budget", str(0.6 * budget),
+        ]  # fmt: skip
+        code, text = _run(command, environment(False), 0.8 * budget)
+        rows = list(read_ncu(text))
+        for row in rows:
+            results.add(family="profile", **row)
+        if rows:
+            _print_profile(rows)
+            return code == 0
+        print(f"ncu gave no table (it ended with {code}), so torch.profiler's times instead: {text[-1500:]}")
+    else:
+        print("ncu is not on this machine, so torch.profiler's times instead")
+    return each_race(gpu, budget / 5, lambda key, call: _profile_with_torch(gpu, results, key, call))
+
+
+def _profile_with_torch(gpu: Device, results: Results, key: str, call: Callable[[], Any]) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    call()
+    gpu.synchronize()
+    activities = [ProfilerActivity.CPU] if gpu.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with torch_profile(activities=activities) as recorded:
+        call()
+        gpu.synchronize()
+    kernels = [(event.key[:80], event.self_device_time_total, event.count) for event in recorded.key_averages()]
+    for kernel, us, calls in sorted(kernels, key=lambda found: -found[1])[:5]:
+        if us > 0 or gpu.dry:
+            row = results.add(family="profile", key=key, kernel=kernel, us=us, calls=calls)
+            print(f"{key:26} {row['kernel'][:60]:60} {us:9.2f} us {calls:4}")
+
+
+def one_call_each(gpu: Device, seconds: float) -> bool:
+    """What ncu watches: one warm call per race is in the profiled range."""
+
+    def watched(key: str, call: Callable[[], Any]) -> None:
+        call()
+        gpu.synchronize()
+        gpu.cuda.profiler.start()
+        call()
+        gpu.synchronize()
+        gpu.cuda.profiler.stop()
+
+    return each_race(gpu, seconds, watched)
+
+
+def read_ncu(text: str) -> Iterator[dict[str, Any]]:
+    """Rows of `ncu --csv --page raw`, whose header starts with "ID" and is followed by a line of units.
+
+    ncu prints kernels after the program's own output, in the order of their launches.
+    """
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return
+    table = list(csv.DictReader(io.StringIO("\n".join(lines[start:]))))
+    for row in table[1:]:
+        found: dict[str, Any] = {"kernel": row.get("Kernel Name", "")[:80]}
+        for name, metric in METRICS.items():
+            try:
+                found[name] = float((row.get(metric) or "").replace(",", ""))
+            except ValueError:
+                found[name] = None
+        if found["us"] is not None:
+            found["us"] /= 1000  # base units: nanoseconds
+        yield found
+
+
+def _print_profile(rows: list[dict[str, Any]]) -> None:
+    print(f"{'kernel':44} {'us':>8} {'MB':>8} {'dram %':>7} {'regs':>5} {'occ %':>6} {'of %':>6} {'blocks':>8}")
+    for row in rows:
+        values = {name: row[name] if row[name] is not None else float("nan") for name in METRICS}
+        moved = (values["bytes_read"] + values["bytes_written"]) / 1e6
+        print(
+            f"{row['kernel'][:44]:44} {values['us']:8.2f} {moved:8.2f} {values['dram_percent']:7.1f} "
+            f"{values['registers']:5.0f} {values['occupancy_percent']:6.1f} "
+            f"{values['possible_occupancy_percent']:6.1f} {values['blocks']:8.0f}"
+        )
+
+
+# ---- the script ---------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="everything but the launches, on a machine without a GPU"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="default: bench/results/<gpu>.jsonl, of a dry run a temporary file"
+    )
+    parser.add_argument("--budget", type=float, default=500, metavar="SECONDS", help="of each part")
+    parser.add_argument("--one-call-each", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # triton decides at its first import
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    build()
+
+    from gpu_device import Device
+    from gpu_measure import Results
+
+    import cacovid_kernels as ck
+
+    gpu = Device(options.dry_run)
+    unusable = (
+        "" if gpu.dry or gpu.cuda.is_available() else "torch sees no CUDA device. Pass --dry-run to try the script."
+    )
+    if unusable:
+        print(unusable)
+        return 2
+    with ck.use_backend("triton"):
+        if options.one_call_each:
+            return 0 if one_call_each(gpu, options.budget) else 1
+        info = gpu.info()
+        print(", ".join(f"{name} {value}" for name, value in info.items()))
+        slug = info["gpu"].lower().replace(" ", "-")
+        default = (
+            Path(tempfile.mkdtemp()) / "dry-run.jsonl" if gpu.dry else ROOT / "bench" / "results" / f"{slug}.jsonl"
+        )
+        path = options.results or default
+        verdicts = {}
+        for part in PARTS if options.part == "all" else (options.part,):
+            start = time.monotonic()
+            print(f"\n== {part}", flush=True)
+            try:
+                good = globals()[part](gpu, Results(path, part, info), options.budget)
+            except Exception:
+                print(traceback.format_exc())
+                good = False
+            verdicts[part] = f"{'ok' if good else 'FAILED'} in {time.monotonic() - start:.0f} s"
+    print(f"\nresults: {path}")
+    for part, verdict in verdicts.items():
+        print(f"{part:10} {verdict}")
+    return 0 if all(verdict.startswith("ok") for verdict in verdicts.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
