@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cacovid_kernels._bits import as_bits
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.scatter import scatter_rows
 from cacovid_kernels.triton.storage import number
@@ -162,7 +161,7 @@ def _gather(xs: list[Tensor], index: Tensor, dims: list[int], outs: list[Tensor]
     for at in range(0, len(some), TENSORS):
         tensors, constants, programs = [], [], 0
         for i in some[at : at + TENSORS]:
-            rows, programs, constant = _rows(as_bits(xs[i]), dims[i], flat.numel(), as_bits(outs[i]), programs)
+            rows, programs, constant = _rows(xs[i], dims[i], flat.numel(), outs[i], programs)
             tensors.append(rows)
             constants.append(constant)
         vectors, columns, axes, apart = zip(*constants, strict=True)
@@ -182,7 +181,9 @@ def gather_rows(xs: list[Tensor], index: Tensor, dims: list[int]) -> list[Tensor
 
 
 def gather_rows_out(xs: list[Tensor], index: Tensor, dims: list[int], outs: list[Tensor]) -> None:
-    targets = [out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format) for out in outs]
+    targets = [
+        out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format) for out in outs
+    ]
     _gather(xs, index, dims, targets)
     for out, target in zip(outs, targets, strict=True):
         if out is not target:

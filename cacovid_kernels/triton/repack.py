@@ -1,0 +1,164 @@
+"""Compaction of key and value caches as one Triton launch for all tensors of one shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels.reference.repack import ELSEWHERE, IN_FRONT, IN_HEADS
+from cacovid_kernels.triton.launch import block, launch
+from cacovid_kernels.triton.move import Geometry, move_kernel
+from cacovid_kernels.triton.storage import KINDS
+from cacovid_kernels.triton.words import sealed, width_of, words
+
+# Words that a thread moves at a time: enough loads in flight, where 16 bytes are one load, and few enough registers
+# where keys are turned.
+WORDS, WORDS_IN_TURN = 8, 16
+COLUMNS = 1024  # bytes of a row in one tile
+# In place a program walks through its rows, and has one tile at a time on its way. Rows are split between programs
+# until there are enough of them for a GPU, but not into pieces that memory fetches twice.
+PROGRAMS, PIECE = 400, 64
+POINTERS = 448  # of one launch: a kernel takes 4 KiB of arguments
+
+
+def repack_rows(
+    xs: list[Tensor],
+    keep: list[Tensor],
+    cu_seqlens: list[Tensor],
+    keep_of: list[int],
+    cos: list[Tensor],
+    sin: list[Tensor],
+    rotated: list[bool],
+) -> list[Tensor]:
+    outs = []
+    for x, j in zip(xs, keep_of, strict=True):
+        kept = keep[j].shape
+        shape = (kept[0], x.shape[3]) if cu_seqlens else (x.shape[0], x.shape[1], kept[2], x.shape[3])
+        outs.append(torch.empty(shape, dtype=x.dtype, device=x.device))
+    _repack(xs, keep, cu_seqlens, keep_of, cos, sin, rotated, [ELSEWHERE] * len(xs), False, outs)
+    return outs
+
+
+def repack_rows_(
+    xs: list[Tensor],
+    keep: list[Tensor],
+    cu_seqlens: list[Tensor],
+    keep_of: list[int],
+    cos: list[Tensor],
+    sin: list[Tensor],
+    rotated: list[bool],
+    placements: list[int],
+    zero_tail: bool,
+) -> None:
+    for x, j in zip(xs, keep_of, strict=True):
+        if cu_seqlens and keep[j].shape[0] > x.shape[0] * x.shape[1] * x.shape[2]:
+            raise ValueError("in place at most N rows of every head can be kept")
+    _repack(xs, keep, cu_seqlens, keep_of, cos, sin, rotated, placements, zero_tail, xs)
+
+
+def _repack(xs, keep, cu_seqlens, keep_of, cos, sin, rotated, placements, zero_tail, outs) -> None:
+    """`outs` are `xs` where rows stay in them."""
+    keep = [k.contiguous() for k in keep]
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i, (x, j) in enumerate(zip(xs, keep_of, strict=True)):
+        if outs[i].numel() > 0:
+            table = cos[j].shape if cos else None
+            key = (x.dtype, x.shape, x.stride(), placements[i], keep[j].shape, table, _width(x, outs[i]))
+            groups[key].append(i)
+    for (*_, width), members in groups.items():
+        members.sort(key=lambda i: not rotated[i])  # those that are turned come first
+        lists = {keep_of[i] for i in members}
+        per_list = 1 + bool(cu_seqlens) + 2 * rotated[members[0]]
+        per_tensor = 1 + (placements[members[0]] == ELSEWHERE) + (per_list if len(lists) > 1 else 0)
+        size = (POINTERS - per_list) // per_tensor
+        for at in range(0, len(members), size):
+            some = members[at : at + size]
+            used = [keep_of[some[0]]] if len(lists) == 1 else [keep_of[i] for i in some]
+            _move(
+                [xs[i] for i in some], [outs[i] for i in some], [keep[j] for j in used],
+                [cu_seqlens[j] for j in used] if cu_seqlens else [],
+                [cos[j] for j in used] if cos else [], [sin[j] for j in used] if sin else [],
+                sum(rotated[i] for i in some), placements[some[0]], zero_tail, width,
+            )  # fmt: skip
+
+
+def _width(x: Tensor, out: Tensor) -> int:
+    """The widest vector that rows of both are made of."""
+    item, (*steps, column_step) = x.element_size(), x.stride()
+    columns = x.shape[3]
+    if columns > 1 and column_step != 1:
+        return item
+    return width_of([x, out], columns * item, *(step * item for step in steps))
+
+
+def _steps(x: Tensor) -> tuple[int, int]:
+    """From row to row of the batch and from head to head, in lists: 0 along an axis that is shared."""
+    return (x.shape[1] if x.shape[0] > 1 else 0), (1 if x.shape[1] > 1 else 0)
+
+
+def _move(
+    xs: list[Tensor],
+    outs: list[Tensor],
+    keep: list[Tensor],
+    bounds: list[Tensor],
+    cos: list[Tensor],
+    sin: list[Tensor],
+    rotated: int,
+    placement: int,
+    zero_tail: bool,
+    width: int,
+) -> None:
+    """One launch for tensors of one shape: the first `rotated` of them are turned."""
+    (batch, heads, tokens, columns), item, ragged = xs[0].shape, xs[0].element_size(), bool(bounds)
+    half = cos[0].shape[-1] if rotated else 0
+    if rotated:  # values must be seen one by one
+        whole = width == 16 and width_of([*cos, *sin], half * item, half * 4) == 16
+        word, vector = item, 16 // item if whole else 1
+    else:
+        word, vector = min(width, 8), 2 if width == 16 else 1
+    unit = word * vector // item  # elements of a vector
+    apart = columns > 1 and xs[0].stride(3) != 1
+    rows = keep[0].shape[-1]
+    in_place = placement != ELSEWHERE
+
+    # Columns are counted in words.
+    width_in_words, half_in_words = columns * item // word, half * item // word
+    tile_columns = min(block(width_in_words, 2 * vector if rotated else vector), COLUMNS // word)
+    if in_place:
+        least = max(PIECE // word, vector) * (2 if rotated else 1)
+        walks = len(xs) * (batch * heads if placement == IN_HEADS else 1)
+        while tile_columns > least and walks * -(-width_in_words // tile_columns) < PROGRAMS:
+            tile_columns //= 2
+    num_warps = 8 if in_place and rotated and vector > 1 else 4
+    tile = 32 * num_warps * (WORDS_IN_TURN if vector > 1 and (in_place or rotated) else WORDS)
+    tile_rows = max(tile // tile_columns, 1)
+    column_tiles = -(-width_in_words // tile_columns)
+    if rotated:
+        turned_tiles = -(-half_in_words // (tile_columns // 2)) - (
+            -(width_in_words - 2 * half_in_words) // tile_columns
+        )
+        column_tiles = max(column_tiles, turned_tiles)
+
+    tiles = max(-(-rows // tile_rows), 1)
+    all_units = tiles if ragged else batch * heads * tiles
+    units = {ELSEWHERE: 1, IN_HEADS: tiles, IN_FRONT: all_units}[placement]
+    batch_step, head_step, row_step, column_step = xs[0].stride()
+    keep_steps = (0, 0) if ragged else _steps(keep[0])
+    table_steps = (0, 0) if ragged or not rotated else _steps(cos[0])
+    tail = tokens - rows if zero_tail and placement == IN_HEADS else 0
+    g = Geometry(
+        *sealed(rows, tiles, units, all_units // units, column_tiles, batch, heads, tokens),
+        *sealed(batch_step // unit, head_step // unit, row_step // unit, column_step if apart else 1),
+        *sealed(*keep_steps, *table_steps, columns // unit, half // unit, rotated, tail),
+    )
+    sources = tuple(words(x, word) for x in xs)
+    targets = sources[:1] if in_place else tuple(words(out.view(-1), word) for out in outs)
+    launch(
+        move_kernel, (len(xs) * column_tiles * all_units // units,), sources, targets, tuple(keep),
+        tuple(bounds or keep[:1]), tuple(cos if rotated else keep[:1]), tuple(sin if rotated else keep[:1]), g,
+        PLACEMENT=placement, RAGGED=ragged, TURNED=rotated > 0, KIND=KINDS[xs[0].dtype] if rotated else 0,
+        VECTOR=vector, ALIGNMENT=word * vector, APART=apart, ROWS=tile_rows, COLUMNS=tile_columns, TAIL=tail > 0,
+        num_warps=num_warps,
+    )  # fmt: skip
