@@ -11,7 +11,7 @@ from torch import Tensor
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.scatter import scatter_rows
 from cacovid_kernels.triton.storage import number
-from cacovid_kernels.triton.words import flat_index, sealed, width_of, words
+from cacovid_kernels.triton.words import flat_index, seal, width_of, words
 
 __all__ = ["gather_rows", "gather_rows_out", "scatter_rows"]
 
@@ -143,13 +143,21 @@ def _rows(x: Tensor, dim: int, kept: int, out: Tensor, first: int) -> tuple[Rows
     last = first + row_tiles * column_tiles * math.prod(n for n, _, _ in axes)
     inner_first = axes[::-1]
     rows = Rows(
-        words(x, width),
-        words(out.view(-1), width),
-        *sealed(first, last, row_tiles, column_tiles, kept > tokens, tokens, step // per, target_step // per),
-        *sealed(columns // per, column_step),
-        sealed(*(n for n, _, _ in inner_first)),
-        sealed(*(s // per for _, s, _ in inner_first)),
-        sealed(*(s // per for _, _, s in inner_first)),
+        source=words(x, width),
+        target=words(out.view(-1), width),
+        first=seal(first),
+        last=seal(last),
+        row_tiles=seal(row_tiles),
+        column_tiles=seal(column_tiles),
+        by_columns=seal(kept > tokens),
+        tokens=seal(tokens),
+        step=seal(step // per),
+        target_step=seal(target_step // per),
+        columns=seal(columns // per),
+        column_step=seal(column_step),
+        sizes=tuple(seal(n) for n, _, _ in inner_first),
+        steps=tuple(seal(s // per) for _, s, _ in inner_first),
+        target_steps=tuple(seal(s // per) for _, _, s in inner_first),
     )
     return rows, last, (vector, tile_columns, len(axes), column_step != 1)
 

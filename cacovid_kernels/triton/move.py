@@ -13,7 +13,7 @@ overwritten before it is read:
 Lists that break the rule move wrong rows, but all of them inside the tensor.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -79,14 +79,14 @@ def _of_head(head, g, batch_step, head_step):
 def _sources(unit, last, g, keep, bounds, RAGGED: tl.constexpr, ROWS: tl.constexpr):
     """Offsets of the rows that a unit keeps, in vectors, -1 for rows of zeros. From unit `last` on nothing is read."""
     lane, rows, tiles = tl.arange(0, ROWS), number(g.rows), _count(g.tiles)
-    unit = tl.cast(unit, tl.int32)
+    count = tl.cast(unit, tl.int32)
     if RAGGED:
-        i_row = unit.to(tl.int64) * ROWS + lane
+        i_row = unit * ROWS + lane
         head = _head_of(i_row, bounds, (number(g.batch) * number(g.heads)).to(tl.int32))
         o_keep = i_row
     else:
-        i_row = (unit % tiles).to(tl.int64) * ROWS + lane
-        head = tl.where(unit < last, unit // tiles, 0)
+        i_row = (count % tiles).to(tl.int64) * ROWS + lane
+        head = tl.where(unit < last, count // tiles, 0)
         o_keep = _of_head(head, g, g.keep_batch_step, g.keep_head_step) * rows + i_row
     position = tl.load(keep + o_keep, mask=i_row < tl.where(unit < last, rows, 0), other=-1)
     inside = (position >= 0) & (position < number(g.tokens))
@@ -98,14 +98,14 @@ def _sources(unit, last, g, keep, bounds, RAGGED: tl.constexpr, ROWS: tl.constex
 def _targets(unit, g, PLACEMENT: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr):
     """Offsets of the rows that a unit writes, in vectors, which of them there are, and their rows in the tables."""
     lane, rows, tiles = tl.arange(0, ROWS), number(g.rows), _count(g.tiles)
-    unit = tl.cast(unit, tl.int32)
+    count = tl.cast(unit, tl.int32)
     if RAGGED:
-        i_row = unit.to(tl.int64) * ROWS + lane
+        i_row = unit * ROWS + lane
         i_table = i_row
         o_row = i_row * number(g.columns)
     else:
-        head = unit // tiles
-        i_row = (unit % tiles).to(tl.int64) * ROWS + lane
+        head = count // tiles
+        i_row = (count % tiles).to(tl.int64) * ROWS + lane
         i_table = _of_head(head, g, g.table_batch_step, g.table_head_step) * rows + i_row
         if PLACEMENT == IN_HEADS:
             o_row = _of_head(head, g, g.batch_step, g.head_step) + i_row * number(g.row_step)
@@ -153,7 +153,7 @@ def _copy_units(
             tl.debug_barrier()
         tl.store(target + (o_target * VECTOR)[:, None] + o_written, values, mask=m_target[:, None] & m_column)
     if TAIL:
-        _zero_tail(target, first // _count(g.tiles), o_written, m_column, g, VECTOR, ROWS)
+        _zero_tail(target, first.to(tl.int32) // _count(g.tiles), o_written, m_column, g, VECTOR, ROWS)
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _turn_units(
         tl.store(row + _spread(i_low, g, APART and PLACEMENT == IN_HEADS), low, mask=m_target)
         tl.store(row + _spread(i_high, g, APART and PLACEMENT == IN_HEADS), high, mask=m_target)
     if TAIL:
-        head = first // _count(g.tiles)
+        head = first.to(tl.int32) // _count(g.tiles)
         _zero_tail(target, head, _spread(i_low, g, APART), m_column, g, VECTOR, ROWS)
         _zero_tail(target, head, _spread(i_high, g, APART), m_column, g, VECTOR, ROWS)
 
@@ -204,8 +204,8 @@ def move_kernel(
     p = tl.program_id(0)
     column_tiles, parts = _count(g.column_tiles), _count(g.parts)
     i_column, part, t = p % column_tiles, p // column_tiles % parts, p // column_tiles // parts
-    first = part * _count(g.units)
-    last = first + _count(g.units)
+    first = part.to(tl.int64) * number(g.units)
+    last = first + number(g.units)
     source, keep = pick(sources, t, ALIGNMENT), pick(keeps, t, 8)
     target, cu_seqlens = source, keep
     if PLACEMENT == ELSEWHERE:

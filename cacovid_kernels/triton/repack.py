@@ -11,7 +11,7 @@ from cacovid_kernels.reference.repack import ELSEWHERE, IN_FRONT, IN_HEADS
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.move import Geometry, move_kernel
 from cacovid_kernels.triton.storage import KINDS
-from cacovid_kernels.triton.words import sealed, width_of, words
+from cacovid_kernels.triton.words import seal, width_of, words
 
 # Words that a thread moves at a time: enough loads in flight, where 16 bytes are one load, and few enough registers
 # where keys are turned.
@@ -148,11 +148,14 @@ def _move(
     keep_steps = (0, 0) if ragged else _steps(keep[0])
     table_steps = (0, 0) if ragged or not rotated else _steps(cos[0])
     tail = tokens - rows if zero_tail and placement == IN_HEADS else 0
-    g = Geometry(
-        *sealed(rows, tiles, units, all_units // units, column_tiles, batch, heads, tokens),
-        *sealed(batch_step // unit, head_step // unit, row_step // unit, column_step if apart else 1),
-        *sealed(*keep_steps, *table_steps, columns // unit, half // unit, rotated, tail),
-    )
+    numbers = Geometry(
+        rows=rows, tiles=tiles, units=units, parts=all_units // units, column_tiles=column_tiles, batch=batch,
+        heads=heads, tokens=tokens, batch_step=batch_step // unit, head_step=head_step // unit,
+        row_step=row_step // unit, column_step=column_step, keep_batch_step=keep_steps[0],
+        keep_head_step=keep_steps[1], table_batch_step=table_steps[0], table_head_step=table_steps[1],
+        columns=columns // unit, half=half // unit, rotated=rotated, tail=tail,
+    )  # fmt: skip
+    g = Geometry(*map(seal, numbers))
     sources = tuple(words(x, word) for x in xs)
     targets = sources[:1] if in_place else tuple(words(out.view(-1), word) for out in outs)
     launch(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.storage import FP64, KINDS, narrow, number, widen
-from cacovid_kernels.triton.words import flat_index, sealed, width_of, words
+from cacovid_kernels.triton.words import flat_index, seal, width_of, words
 
 TENSORS = 8  # of one launch: each has its own code in the kernel
 TILE, TILE_COLUMNS = 2048, 512  # elements of a program of 4 warps, and how many of a row
@@ -99,8 +99,13 @@ def _sums(grad: Tensor, out: Tensor, tokens: int, dim: int, first: int) -> tuple
     row_tiles, column_tiles = triton.cdiv(tokens, TILE // tile_columns), triton.cdiv(columns, tile_columns)
     last = first + math.prod(out.shape[:dim]) * row_tiles * column_tiles
     sums = Sums(
-        words(grad.view(-1), item),
-        words(out.view(-1), item),
-        *sealed(first, last, row_tiles, column_tiles, tokens, columns // vector),
+        source=words(grad.view(-1), item),
+        target=words(out.view(-1), item),
+        first=seal(first),
+        last=seal(last),
+        row_tiles=seal(row_tiles),
+        column_tiles=seal(column_tiles),
+        tokens=seal(tokens),
+        columns=seal(columns // vector),
     )
     return sums, last, (KINDS[grad.dtype], vector, tile_columns)

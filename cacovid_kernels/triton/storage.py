@@ -15,7 +15,7 @@ _OPEN = tl.constexpr((1 << 62) - 1)
 
 @triton.jit
 def number(sealed):
-    """int64, what `words.sealed` made of it."""
+    """int64, what `words.seal` made of it."""
     return (sealed & _OPEN) >> 1
 
 

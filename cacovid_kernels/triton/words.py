@@ -31,10 +31,10 @@ def flat_index(index: Tensor) -> Tensor:
     return index.reshape(-1).to(torch.int64).contiguous()
 
 
-def sealed(*numbers: int) -> tuple[int, ...]:
-    """Numbers in [0, 2^61) for a tuple argument, which a kernel opens with `storage.number`.
+def seal(n: int) -> int:
+    """A number in [0, 2^61) for a tuple argument, which a kernel opens with `storage.number`.
 
     Triton compiles a kernel anew for what it sees in a tuple's integers: whether one is 1, divides by 16, fits
     32 bits. Sealed ones are all odd and wide.
     """
-    return tuple(_SEAL | 2 * n + 1 for n in numbers)
+    return _SEAL | 2 * n + 1
