@@ -62,21 +62,21 @@ def _frames_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     frame, video = tl.program_id(0) % frames, row // frames
+    i = tl.arange(0, BLOCK_P)
+    inside = i < tokens
+    scores = token_scores + first_score + row * row_stride
+    token = tl.load(scores + i.to(tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
     if budget is None:
         f = tl.arange(0, BLOCK_T)
-        x = load_frame_scores(frame_scores, first_frame + video * frames + f, f < frames, frame_stride)
-        counts = video_budget(x, f < frames, tokens, num_ranked, cap, quota, low, high, LEVEL_BITS)
+        importance = load_frame_scores(frame_scores, first_frame + video * frames + f, f < frames, frame_stride)
+        counts = video_budget(importance, f < frames, tokens, num_ranked, cap, quota, low, high, LEVEL_BITS)
         k, earlier = tl.sum(tl.where(f == frame, counts, 0), 0), tl.sum(tl.where(f < frame, counts, 0), 0)
-        status = tl.sum(tl.where(f == frame, frame_flags(x), 0), 0)
+        status = frame_flags(load_frame_scores(frame_scores, first_frame + row, frame < frames, frame_stride))
     else:
         frame = frame.to(tl.int64)  # a video this long has positions beyond 2^31
         k, earlier = tl.load(budget + first_frame + row).to(tl.int32), tl.load(before + first_frame + row)
         status = tl.load(frame_status + first_frame + row)
-    i = tl.arange(0, BLOCK_P)
-    inside = i < tokens
-    scores = token_scores + first_score + row * row_stride
-    x = tl.load(scores + i.to(tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
-    key = tl.where(inside, order_key(x), 0)  # what is no token ranks last: after NaN, by its position
+    key = tl.where(inside, order_key(token), 0)  # what is no token ranks last: after NaN, by its position
     digits = key >> (32 - BITS)
     threshold, ties = kth_largest(digits, k, BITS)
     ranked, at = kept_positions(digits > threshold, digits == threshold, ties, 0, 0)
@@ -85,7 +85,7 @@ def _frames_kernel(
         ranked, earlier + at, count, last, step, picks_per_token, FLOAT_RANKS, WORDS,
     )  # fmt: skip
     tl.store(frame_counts + first_frame + row, tl.sum(kept.to(tl.int32), 0).to(tl.int64))
-    tl.store(frame_status + first_frame + row, status | status_bits(x))
+    tl.store(frame_status + first_frame + row, status | status_bits(token))
 
 
 @triton.jit(
@@ -225,11 +225,13 @@ def _select_run(
             num_warps=16, FLOAT_RANKS=plan.float_ranks, WORDS=words, CHUNK=topk.CHUNK,
         )  # fmt: skip
         return
-    block_t, block_p = 16 if before is not None else block(plan.frames), block(size)
+    block_p, block_t = block(size), block(plan.frames) if budget is None else 1
+    # Positions in a video whose budget is known by now may need 64 bits, and with them twice the registers.
+    warps = max(block_t // 128, block_p // (256 if budget is None else 128))
     launch(
         _frames_kernel, (rows,), scores, frame_scores, budget, before, indices, frame_counts, frame_status, offset,
         row_stride, stride, frame_stride, *first, plan.frames, size, plan.num_keep, *plan.shares(), *plan.picks(),
-        num_warps=max(1, min(16, max(block_t, block_p) // 256)), FLOAT_RANKS=plan.float_ranks, WORDS=words,
+        num_warps=max(1, min(16, warps)), FLOAT_RANKS=plan.float_ranks, WORDS=words,
         BITS=topk.key_bits(scores.dtype), LEVEL_BITS=block_p.bit_length(), BLOCK_T=block_t, BLOCK_P=block_p,
     )  # fmt: skip
 

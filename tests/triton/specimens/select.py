@@ -10,7 +10,7 @@ import cacovid_kernels as ck
 
 
 def calls() -> Iterator[tuple[str, Callable]]:
-    for frames in (32, 768, 2048):
+    for frames in (32, 200, 768, 2048):
         tokens, importance = torch.empty(frames, 196), torch.empty(frames)
         yield f"{frames} frames of 196 float32", lambda t=tokens, f=importance: ck.select_tokens(t, f, keep_ratio=0.1)
     for dtype in (torch.bfloat16, torch.float16):
