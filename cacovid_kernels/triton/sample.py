@@ -9,16 +9,15 @@ from cacovid_kernels.triton.exact import order_key, rank_word, word_index, word_
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.noise import gumbel_noise, random_bits
 from cacovid_kernels.triton.plackett_luce import (
+    DRAWS,
     SCRATCH,
-    add_weights,
-    load_double,
-    log_weight,
     pl_log_prob,
     pl_log_prob_backward,
     pl_log_prob_double_backward,
-    weight_of,
+    race_back,
 )
 from cacovid_kernels.triton.topk import CHUNK, emit_rows, row_keys, sorting_warps, status_bits
+from cacovid_kernels.triton.weights import aligned, load_double, weight_of
 
 SHORT = tl.constexpr(4)
 
@@ -27,6 +26,7 @@ SHORT = tl.constexpr(4)
 def _race_kernel(
     logits, indices, log_prob, status, n: tl.int32, k: tl.int32, rows: tl.int64, samples: tl.int64,
     row_stride: tl.int64, stride: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, BLOCK: tl.constexpr,
+    DRAWS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0).to(tl.int64)
     row, sample = item % rows, item // rows
@@ -41,17 +41,17 @@ def _race_kernel(
         zero = tl.zeros((BLOCK,), tl.int64)
         noise = gumbel_noise(random_bits(i, zero + row, zero + sample, seed, step, stream))
         key = tl.where(chance, order_key(x + noise), 0)
-        # Ascending: the race gains weight from its last stage to its first.
-        word = tl.sort(rank_word(key, i))
-        index, runs, j = word_index(word), word_key(word) > 0, BLOCK - 1 - i
-        logit = load_double(logits + index * stride, runs)
-        certain = logit == float("inf")  # these come first: what is left at later stages is finite
-        top, total = weight_of(tl.where(certain, float("-inf"), logit))
-        top, total = tl.associative_scan((top, total), 0, add_weights)
-        counts = runs & (certain == 0) & (j < k)
-        value = tl.where(counts, tl.where(counts, logit, 0.0) - log_weight(top, total), 0.0)
-        tl.store(indices + item * k + j, tl.where(runs, index, -1), mask=j < k)
-        tl.store(log_prob + item, tl.sum(value, 0).to(tl.float32))
+        word = tl.sort(rank_word(key, i), descending=True)
+        index, runs = word_index(word), word_key(word) > 0
+        tl.store(indices + item * k + i, tl.where(runs, index, -1), mask=i < k)
+        left = load_double(logits + index * stride, runs & (i >= k))
+        exponent, total = aligned(*weight_of(left))
+        tl.debug_barrier()  # the indices that other threads have written
+        value, _, _, _ = race_back(
+            logits, indices + item * k, None, None, None, None, n, k, stride, 1, exponent, tl.sum(total, 0), 0.0, 0,
+            DRAWS,
+        )  # fmt: skip
+        tl.store(log_prob + item, value.to(tl.float32))
 
 
 def gumbel_topk(
@@ -69,6 +69,7 @@ def gumbel_topk(
     launch(
         _race_kernel, (rows * max(num_samples, 1),), logits, indices, log_prob, status, n, k, rows, num_samples,
         *logits.stride(), seed, step, stream, num_warps=sorting_warps(size), BLOCK=size,
+        DRAWS=min(size, DRAWS),
     )  # fmt: skip
     return indices, log_prob, status
 

@@ -268,7 +268,7 @@ def _rows_kernel(
 
 def sorting_warps(size: int) -> int:
     """Warps with which a block of this many rank words is sorted without spilling registers."""
-    return max(1, min(16, size // 256))
+    return max(1, min(16, size // 128))
 
 
 def _run(rows: Tensor, first: int, k: int, ranked: bool, out: Tensor, status: Tensor) -> None:
