@@ -10,11 +10,13 @@ a part replaces its own earlier lines. `--dry-run` runs everything but the launc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpu_device import Device
@@ -47,21 +49,26 @@ METRICS = {
 }
 
 
-def build() -> None:
-    """The native module, beside the sources as an editable installation has it; nothing if it is newer than they."""
-    import pybind11
+def build(dry: bool) -> None:
+    """The native module, beside the sources as an editable installation has it, unless it is newer than they.
 
+    A dry run takes the one that is there: it must not change what other tests are just using.
+    """
     module = ROOT / "cacovid_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*"), *(ROOT / "python").glob("*.*")]
-    if module.exists() and module.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+    if module.exists() and (dry or module.stat().st_mtime > max(path.stat().st_mtime for path in sources)):
         print(f"built already: {module.relative_to(ROOT)}")
         return
     start, work = time.monotonic(), ROOT / "build" / "gpu"
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja", "-DCACOVID_PYTHON=ON", "-DCACOVID_TESTS=OFF",
         "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
+    with contextlib.suppress(ImportError):  # else where CMake looks by itself
+        import pybind11
+
+        configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for command in (configure, ["cmake", "--build", str(work)]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path})
@@ -72,6 +79,17 @@ def environment(dry: bool, **extra: str) -> dict[str, str]:
     """For child processes: this checkout, and in a dry run Triton's interpreter."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, **({"TRITON_INTERPRET": "1"} if dry else {}), **extra}
+
+
+def begin(command: list[str], env: dict[str, str], out: IO[str]) -> subprocess.Popen:
+    """In a process group of its own, so that it can be stopped together with what it starts."""
+    return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+
+
+def stop(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 # ---- tests --------------------------------------------------------------------------------------
@@ -93,10 +111,10 @@ def tests(gpu: Device, results: Results, budget: float) -> bool:
         row_file = folder / f"{name}.jsonl"
         env = environment(
             gpu.dry, CACOVID_GPU_SCALE=scale, CACOVID_GPU_SHARD=shard, CACOVID_GPU_SECONDS=str(seconds),
-            CACOVID_GPU_RESULTS=str(row_file),
+            CACOVID_GPU_RESULTS=str(row_file), OMP_NUM_THREADS="2",
         )  # fmt: skip
         log = (folder / f"{name}.log").open("w")
-        return subprocess.Popen(pytest_command(*extra), env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        return begin(pytest_command(*extra), env, log)
 
     def finish(processes: dict[str, subprocess.Popen]) -> list[str]:
         bad = []
@@ -104,8 +122,8 @@ def tests(gpu: Device, results: Results, budget: float) -> bool:
             try:
                 code = process.wait(timeout=max(1, end + 20 - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
+                stop(process)
+                code = 1
                 bad.append(f"{name}: stopped, it ran past the budget")
             if code not in (0, 1, 5):  # passed, failed, nothing collected
                 bad.append(f"{name}: pytest ended with {code}\n" + (folder / f"{name}.log").read_text()[-3000:])
@@ -157,7 +175,7 @@ def bench(gpu: Device, results: Results, budget: float) -> bool:
         torch._dynamo.reset()
         skipped += gpu_measure.run(gpu, key, make(), limits, results, end)
         gpu.cuda.empty_cache()
-        print(f"{key}: {time.monotonic() - start:.1f} s", flush=True)
+        print(f"{key}: {time.monotonic() - start:.1f} s")
     print(
         f"\n{'us of one call':30} {'contestant':32} {'graph':>9} {'cold':>9} {'eager':>9} {'launches':>8} {'x ours':>8}"
     )
@@ -215,7 +233,9 @@ def sanitize(gpu: Device, results: Results, budget: float) -> bool:
             command = [str(tool), "--tool", name, "--error-exitcode", "86", "--print-limit", "5", *suite]
         start = time.monotonic()
         run = _run(command, {**env, "CACOVID_GPU_SECONDS": str(0.8 * seconds)}, seconds)
-        verdict = {0: gpu.pick("clean", "dry run"), 86: "ERRORS", None: "stopped at its time"}.get(run[0], f"ended with {run[0]}")
+        verdict = {0: gpu.pick("clean", "dry run"), 86: "ERRORS", None: "stopped at its time"}.get(
+            run[0], f"ended with {run[0]}"
+        )
         good &= run[0] in (0, None)
         lines = [line for line in run[1].splitlines() if "ERROR SUMMARY" in line or "passed" in line or "=====" in line]
         tail = (
@@ -233,12 +253,11 @@ def sanitize(gpu: Device, results: Results, budget: float) -> bool:
 def _run(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, str]:
     """Exit status, None if it took too long, and output."""
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = begin(command, env, out)
         try:
             code: int | None = process.wait(timeout=max(1, seconds))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            stop(process)
             code = None
         out.seek(0)
         return code, out.read()
@@ -369,10 +388,12 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=500, metavar="SECONDS", help="of each part")
     parser.add_argument("--one-call-each", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    begun = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)  # a run that is cut shall have said what it did
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # triton decides at its first import
     sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-    build()
+    build(options.dry_run)
 
     from gpu_device import Device
     from gpu_measure import Results
@@ -399,9 +420,10 @@ def main() -> int:
         verdicts = {}
         for part in PARTS if options.part == "all" else (options.part,):
             start = time.monotonic()
-            print(f"\n== {part}", flush=True)
+            print(f"\n== {part}")
             try:
-                good = globals()[part](gpu, Results(path, part, info), options.budget)
+                left = options.budget - (start - begun if part == options.part else 0)  # what building took
+                good = globals()[part](gpu, Results(path, part, info), left)
             except Exception:
                 print(traceback.format_exc())
                 good = False

@@ -68,9 +68,8 @@ def table(rows: list[dict[str, Any]], dry: bool) -> tuple[str, list[dict[str, An
     for key, what, aim in GATES:
         found = measured(rows, key, what)
         value, at_most = found.pop("judged"), what in AT_MOST
-        verdict = (
-            "not measured" if value is None else "reached" if (value <= aim if at_most else value >= aim) else "MISSED"
-        )
+        reached = value is not None and (value <= aim if at_most else value >= aim)
+        verdict = "not measured" if value is None else "dry run" if dry else "reached" if reached else "MISSED"
         name = f"{key}: {what}" + ("" if at_most or what.startswith("of ") else " / ours")
         shown = "-" if value is None else f"{value:.2f}"
         others = ", ".join(f"{mode} {x:.2f}" for mode, x in found.items() if x is not None)

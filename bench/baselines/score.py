@@ -25,15 +25,15 @@ def plain_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Network:
-    """Both heads with random weights in bfloat16, and the ways to run them."""
+    """Both heads with random weights, and the ways to run them."""
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, size: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(0)
-        self.token_head, self.frame_head = (ck.PolicyHead(size).bfloat16() for _ in range(2))
+        self.token_head, self.frame_head = (ck.PolicyHead(size).to(dtype) for _ in range(2))
         for p in [*self.token_head.parameters(), *self.frame_head.parameters()]:
             torch.nn.init.normal_(p, std=1.5 / p.shape[-1] ** 0.5 if p.dim() == 2 else 0.1)
         self.token_head, self.frame_head = self.token_head.to(device), self.frame_head.to(device)
-        self.weight = (torch.rand(size) + 0.5).bfloat16().to(device)
+        self.weight = (torch.rand(size) + 0.5).to(device, dtype)
 
     def _logits(self, head: ck.PolicyHead, rows: Tensor) -> Tensor:
         wide = rows.to(torch.float32)

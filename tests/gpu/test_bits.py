@@ -22,7 +22,7 @@ def compare(gpu, problem: Problem, seed: int) -> None:
 
 @pytest.mark.parametrize("name", problems(True))
 def test_usual_sizes(gpu, small, name):
-    for seed in range(2 if small else 20):
+    for seed in range(1 if small else 10):
         compare(gpu, problems(small)[name], seed)
 
 
@@ -34,16 +34,14 @@ def test_random_cases(gpu, small, repeats, record_property, name, first):
     make, _ = RANDOM[name]
     count = repeats(CHUNK)
     for seed in range(first, first + count):
-        compare(gpu, make(rng_of(name, seed), 4 if small else 16), 0)
+        compare(gpu, make(rng_of(name, seed), 2 if small else 16), 0)
     record_property("cases", count)
 
 
-@pytest.mark.parametrize("name", golden("selection"))
-def test_published_selection(gpu, small, name):
+@pytest.mark.parametrize("name", [name for name in golden("selection") if SCALE == "full" or name[-2:] in ("10", "12")])
+def test_published_selection(gpu, name):
     vector = golden("selection")[name]
     t, h, w = (int(n) for n in vector["grid_thw"])
-    if small and t * h * w > 1000:
-        pytest.skip("too large for here")
     token, frame = (
         torch.from_numpy(vector[name]).diff(dim=-1).squeeze(-1) for name in ("token_logits", "frame_logits")
     )
@@ -52,7 +50,7 @@ def test_published_selection(gpu, small, name):
     assert torch.equal(kept.mask().cpu(), torch.from_numpy(vector["mask"]).bool())
 
 
-@pytest.mark.parametrize("name", golden("combination_space"))
+@pytest.mark.parametrize("name", list(golden("combination_space"))[: 6 if SCALE == "full" else 1])
 def test_published_combination_space(gpu, name):
     """The published probabilities are tested against the reference; here the draws from them."""
     vector = golden("combination_space")[name]

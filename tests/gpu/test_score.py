@@ -11,6 +11,8 @@ import torch
 
 import cacovid_kernels as ck
 
+from .problems import SCALE
+
 GOLDEN = Path(__file__).parents[1] / "data" / "policy"
 
 
@@ -33,10 +35,11 @@ def plain(x: torch.Tensor, head: ck.PolicyHead, weight: torch.Tensor, eps: float
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [3584, 896, 100])
+@pytest.mark.parametrize("size", [3584, 896, 100] if SCALE == "full" else [32])
 @torch.no_grad()
 def test_error_is_at_most_twice_torchs_own(gpu, small, dtype, size):
-    size = 32 if small else size
+    if gpu.dry and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     t, p, eps = 24 if small else 32, 4 if small else 196, 1e-6
     token_head, frame_head, weight = (x.to(dtype) for x in network(size))
     exact = [x.double() for x in (copy.deepcopy(token_head), copy.deepcopy(frame_head), weight)]
