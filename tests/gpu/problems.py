@@ -57,7 +57,7 @@ def _select(small: bool, dtype: torch.dtype) -> Problem:
 
     def run(x: Tensors) -> Tensors:
         kept = ck.select_tokens(x["tokens"], x["frames"], keep_ratio=0.1)
-        return fields(kept, "indices", "frame_counts", "status")
+        return fields(kept, "indices", "frame_counts", "frame_status")
 
     return Problem("select", make, run)
 
@@ -68,7 +68,7 @@ def _ragged_select(small: bool) -> Problem:
 
     def run(x: Tensors) -> Tensors:
         kept = ck.select_tokens(x["tokens"], x["frames"], grid, keep_ratio=0.25, order="score", mode="strict")
-        return fields(kept, "indices", "frame_counts", "status")
+        return fields(kept, "indices", "frame_counts", "frame_status")
 
     return Problem("select", lambda seed: {"tokens": normal(seed, tokens), "frames": normal(seed + 1, frames)}, run)
 
@@ -120,7 +120,7 @@ def _log_prob(small: bool) -> Problem:
 def combinations(small: bool, step: int = 9) -> Problem:
     t, h, w, samples, per_frame = (2, 3, 3, 3, 2) if small else (32, 14, 14, 23, 8)
     ratio = 0.25 if small else 0.02
-    names = ("indices", "groups", "frame_indices", "status", "log_prob", "frame_log_prob")
+    names = ("indices", "groups", "frame_indices", "frame_status", "log_prob", "frame_log_prob")
 
     def make(seed: int) -> Tensors:
         return {"tokens": normal(seed, t * h * w), "frames": normal(seed + 1, t)}
