@@ -1,29 +1,32 @@
 // Budget, selection and segmented top-k. Shapes are checked here, before the core sees a pointer.
+#include <algorithm>
+#include <optional>
+
 #include "convert.h"
 
 namespace cacovid::python {
 namespace {
 
 using Ints = std::vector<int64_t>;
-using Doubles = std::vector<double>;
+using Ratio = std::optional<double>;
 
 struct BudgetArgs {
   std::vector<BudgetPlan> plans;
   int64_t frames = 0, tokens = 0, kept = 0;
   bool equal_rows = true;  // all frames of all videos have the same number of tokens
 
-  BudgetArgs(const Ints& grid_thw, const Ints& num_keep, const Doubles& keep_ratio, double importance_ratio,
-             const Doubles& max_frame_ratio, bool strict, bool fill) {
+  BudgetArgs(const Ints& grid_thw, const Ints& num_keep, Ratio keep_ratio, double importance_ratio,
+             Ratio max_frame_ratio, bool strict, bool fill) {
     const size_t videos = num_keep.size();
-    check(grid_thw.size() == 3 * videos && keep_ratio.size() == videos && max_frame_ratio.size() == videos,
-          "grid_thw, num_keep, keep_ratio and max_frame_ratio must describe the same videos");
+    check(grid_thw.size() == 3 * videos, "grid_thw and num_keep must describe the same videos");
     plans.reserve(videos);
     for (size_t v = 0; v < videos; ++v) {
       const int64_t t = grid_thw[3 * v], h = grid_thw[3 * v + 1], w = grid_thw[3 * v + 2];
       const int64_t video_tokens = grid_tokens(grid_thw, v);
       check(num_keep[v] >= 0 && num_keep[v] <= video_tokens, "num_keep must be in [0, t*h*w]");
-      plans.push_back(
-          plan_budget(t, h, w, num_keep[v], {keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, fill}));
+      const double share = static_cast<double>(num_keep[v]) / static_cast<double>(std::max<int64_t>(video_tokens, 1));
+      const double keep = keep_ratio.value_or(share), most = max_frame_ratio.value_or(1.5 * keep);
+      plans.push_back(plan_budget(t, h, w, num_keep[v], {keep, importance_ratio, most, strict, fill}));
       equal_rows = equal_rows && plans.back().tokens_per_frame == plans.front().tokens_per_frame;
       frames += t;
       tokens += video_tokens;
@@ -52,8 +55,8 @@ Tensor token_tensor(py::handle scores, int64_t tokens, bool equal_rows, int64_t 
   return t;
 }
 
-void allocate_budget(py::handle frame_scores, const Ints& grid_thw, const Ints& num_keep, const Doubles& keep_ratio,
-                     double importance_ratio, const Doubles& max_frame_ratio, bool strict, py::handle counts,
+void allocate_budget(py::handle frame_scores, const Ints& grid_thw, const Ints& num_keep, Ratio keep_ratio,
+                     double importance_ratio, Ratio max_frame_ratio, bool strict, py::handle counts,
                      py::handle frame_status) {
   const BudgetArgs args(grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, true);
   const Tensor frames = frame_tensor(frame_scores, args.frames);
@@ -64,7 +67,7 @@ void allocate_budget(py::handle frame_scores, const Ints& grid_thw, const Ints& 
 }
 
 void select_tokens(py::handle token_scores, py::handle frame_scores, const Ints& grid_thw, const Ints& num_keep,
-                   const Doubles& keep_ratio, double importance_ratio, const Doubles& max_frame_ratio, bool strict,
+                   Ratio keep_ratio, double importance_ratio, Ratio max_frame_ratio, bool strict,
                    bool fill, bool by_score, int threads, py::handle indices, py::handle frame_counts,
                    py::handle frame_status) {
   const BudgetArgs args(grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, fill);

@@ -415,10 +415,10 @@ def test_engine_refuses_what_would_read_out_of_bounds():
 
     with pytest.raises(ValueError, match="rows of equal length"):
         native.select_tokens(
-            torch.zeros(2, 6), None, [1, 1, 4, 1, 1, 8], [1, 1], [0.5] * 2, 0.5, [1.0] * 2, False, True, False
+            torch.zeros(2, 6), None, [1, 1, 4, 1, 1, 8], [1, 1], 0.5, 0.5, 1.0, False, True, False
         )
     with pytest.raises(ValueError, match="one float score per token"):
-        native.select_tokens(torch.zeros(11), None, [1, 1, 12], [1], [0.5], 0.5, [1.0], False, True, False)
+        native.select_tokens(torch.zeros(11), None, [1, 1, 12], [1], 0.5, 0.5, 1.0, False, True, False)
     with pytest.raises(ValueError, match="k must be in"):
         native.segmented_topk(torch.zeros(4), [0, 4], [5], False)
     with pytest.raises(ValueError, match="must not fall"):
@@ -570,7 +570,7 @@ def test_every_instruction_set_gives_the_same_bits():
 
 def test_opcheck():
     tokens, frames = torch.randn(4, 10), torch.randn(4)
-    budget = ([4, 2, 5], [12], [0.3], 0.5, [0.45], False)
+    budget = ([4, 2, 5], [12], 0.3, 0.5, 0.45, False)
     torch.library.opcheck(ops._select_tokens.dispatch, (tokens, frames, *budget, True, False))
     torch.library.opcheck(ops._select_tokens.dispatch, (tokens, None, *budget, True, True))
     torch.library.opcheck(ops._allocate_budget.dispatch, (frames, *budget))

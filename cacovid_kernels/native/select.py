@@ -12,9 +12,9 @@ def allocate_budget(
     frame_scores: Tensor,
     grid_thw: list[int],
     num_keep: list[int],
-    keep_ratio: list[float],
+    keep_ratio: float | None,
     importance_ratio: float,
-    max_frame_ratio: list[float],
+    max_frame_ratio: float | None,
     strict: bool,
 ) -> tuple[Tensor, Tensor]:
     counts = torch.empty(sum(grid_thw[::3]), dtype=torch.int64, device=CPU)
@@ -30,9 +30,9 @@ def select_tokens(
     frame_scores: Tensor | None,
     grid_thw: list[int],
     num_keep: list[int],
-    keep_ratio: list[float],
+    keep_ratio: float | None,
     importance_ratio: float,
-    max_frame_ratio: list[float],
+    max_frame_ratio: float | None,
     strict: bool,
     fill: bool,
     by_score: bool,

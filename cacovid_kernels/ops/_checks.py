@@ -122,8 +122,8 @@ class Budget(NamedTuple):
     tokens: int
     grid: list[int]  # frames, rows, columns of every video in one list, as the ops take it
     num_keep: list[int]
-    keep_ratio: list[float]
-    max_frame_ratio: list[float]
+    keep_ratio: float | None  # None where tokens were counted: a video's own share of them then
+    max_frame_ratio: float | None  # None for 1.5 times the keep ratio
 
 
 def parse_budget(
@@ -173,8 +173,8 @@ def _plan_budget(
     if keep_ratio is not None:
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"{op}: keep_ratio={keep_ratio} must be in (0, 1].")
-        ratios = [float(keep_ratio)] * len(grid)  # float64 whatever was passed: products decide counts
-        kept = [_tokens_kept(float(keep_ratio), float(importance_ratio), fill, *video) for video in grid]
+        keep_ratio = float(keep_ratio)  # float64 whatever was passed: products decide counts
+        kept = [_tokens_kept(keep_ratio, float(importance_ratio), fill, *video) for video in grid]
     else:
         kept = list(num_tokens) if isinstance(num_tokens, tuple) else [num_tokens] * len(grid)  # type: ignore[list-item]
         if len(kept) != len(grid):
@@ -182,15 +182,22 @@ def _plan_budget(
         for k, (t, h, w) in zip(kept, grid, strict=True):
             if not 1 <= k <= t * h * w:
                 raise ValueError(f"{op}: num_tokens={k} must be in [1, {t * h * w}] for the video {(t, h, w)}.")
-        ratios = [k / (t * h * w) for k, (t, h, w) in zip(kept, grid, strict=True)]
-    if strict and max_frame_ratio is not None and any(max_frame_ratio < r for r in ratios):
-        raise ValueError(
-            f"{op}: max_frame_ratio={max_frame_ratio} is below the keep ratio {max(ratios):g}, so no frame could hold "
-            f'its share. Raise it, or pass mode="official", which lets frames exceed it.'
-        )
-    caps = [1.5 * r if max_frame_ratio is None else float(max_frame_ratio) for r in ratios]
+    if max_frame_ratio is not None:
+        max_frame_ratio = float(max_frame_ratio)
+        if strict:
+            _check_cap(op, grid, kept, keep_ratio, max_frame_ratio)
     frames, tokens = sum(t for t, _, _ in grid), sum(t * h * w for t, h, w in grid)
-    return Budget(frames, tokens, [n for video in grid for n in video], kept, ratios, caps)
+    return Budget(frames, tokens, [n for video in grid for n in video], kept, keep_ratio, max_frame_ratio)
+
+
+def _check_cap(op: str, grid: Grid, kept: list[int], keep_ratio: float | None, max_frame_ratio: float) -> None:
+    for k, (t, h, w) in zip(kept, grid, strict=True):
+        ratio = k / (t * h * w) if keep_ratio is None else keep_ratio
+        if max_frame_ratio < ratio:
+            raise ValueError(
+                f"{op}: max_frame_ratio={max_frame_ratio} is below the keep ratio {ratio:g}, so no frame could hold "
+                f'its share. Raise it, or pass mode="official", which lets frames exceed it.'
+            )
 
 
 _known_budget = lru_cache(maxsize=1024)(_plan_budget)

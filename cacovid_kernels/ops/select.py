@@ -23,8 +23,8 @@ from cacovid_kernels.ops._checks import (
 from cacovid_kernels.selection import Selection, raise_if_flagged, status_of_videos
 
 _BUDGET = (
-    "SymInt[] grid_thw, SymInt[] num_keep, float[] keep_ratio, float importance_ratio, "
-    "float[] max_frame_ratio, bool strict"
+    "SymInt[] grid_thw, SymInt[] num_keep, float? keep_ratio, float importance_ratio, "
+    "float? max_frame_ratio, bool strict"
 )
 
 

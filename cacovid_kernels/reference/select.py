@@ -117,6 +117,17 @@ def _split(x: Tensor, lengths: list[int]) -> list[Tensor]:
     return list(x.reshape(-1).split(lengths))
 
 
+def video_ratios(
+    grids: list[tuple[int, int, int]], num_keep: list[int], keep_ratio: float | None, max_frame_ratio: float | None
+) -> list[tuple[float, float]]:
+    """Keep ratio and frame cap of every video: where no ratio is given its share of kept tokens, and 1.5 times that."""
+    shares = [
+        kept / (t * h * w) if keep_ratio is None else keep_ratio
+        for kept, (t, h, w) in zip(num_keep, grids, strict=True)
+    ]
+    return [(share, 1.5 * share if max_frame_ratio is None else max_frame_ratio) for share in shares]
+
+
 def _grids(flat: list[int]) -> list[tuple[int, int, int]]:
     return [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
 
@@ -125,18 +136,20 @@ def allocate_budget(
     frame_scores: Tensor,
     grid_thw: list[int],
     num_keep: list[int],
-    keep_ratio: list[float],
+    keep_ratio: float | None,
     importance_ratio: float,
-    max_frame_ratio: list[float],
+    max_frame_ratio: float | None,
     strict: bool,
 ) -> tuple[Tensor, Tensor]:
     """Ranked tokens per frame [F] int64 and status bits of its score [F] int32."""
     grids = _grids(grid_thw)
+    ratios = video_ratios(grids, num_keep, keep_ratio, max_frame_ratio)
     counts = [frame_scores.new_empty(0, dtype=torch.int64)]  # of no videos, too, there is an answer
     status = [frame_scores.new_empty(0, dtype=torch.int32)]
     for v, scores in enumerate(_split(frame_scores, [t for t, _, _ in grids])):
-        ranked = ranked_tokens(grids[v], num_keep[v], keep_ratio[v], importance_ratio, True)
-        args = (keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, scores.device)
+        share, cap = ratios[v]
+        ranked = ranked_tokens(grids[v], num_keep[v], share, importance_ratio, True)
+        args = (share, importance_ratio, cap, strict, scores.device)
         counts.append(_video_budget(scores, grids[v], ranked, *args))
         status.append(status_of(scores[:, None]))
     return torch.cat(counts), torch.cat(status)
@@ -147,15 +160,16 @@ def select_tokens(
     frame_scores: Tensor | None,
     grid_thw: list[int],
     num_keep: list[int],
-    keep_ratio: list[float],
+    keep_ratio: float | None,
     importance_ratio: float,
-    max_frame_ratio: list[float],
+    max_frame_ratio: float | None,
     strict: bool,
     fill: bool,
     by_score: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kept positions [K] int64, kept tokens per frame [F] int64, status bits of each frame's scores [F] int32."""
     grids = _grids(grid_thw)
+    ratios = video_ratios(grids, num_keep, keep_ratio, max_frame_ratio)
     device = token_scores.device
     frames = None if frame_scores is None else _split(frame_scores, [t for t, _, _ in grids])
     none = torch.empty(0, dtype=torch.int64, device=device)
@@ -163,8 +177,9 @@ def select_tokens(
     for v, scores in enumerate(_split(token_scores, [t * h * w for t, h, w in grids])):
         t, h, w = grids[v]
         frame = None if frames is None else frames[v]
-        ranked = ranked_tokens(grids[v], num_keep[v], keep_ratio[v], importance_ratio, fill)
-        args = (keep_ratio[v], importance_ratio, max_frame_ratio[v], strict, device)
+        share, cap = ratios[v]
+        ranked = ranked_tokens(grids[v], num_keep[v], share, importance_ratio, fill)
+        args = (share, importance_ratio, cap, strict, device)
         budget = _video_budget(frame, grids[v], ranked, *args)  # [T]
         order = ranking(scores.reshape(t, h * w))  # [T, P]
         taken = torch.arange(h * w, device=device) < budget[:, None]  # [T, P], in ranked order

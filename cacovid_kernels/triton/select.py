@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cacovid_kernels.reference.select import video_ratios
 from cacovid_kernels.triton import topk
 from cacovid_kernels.triton.budget import (
     BudgetPlan,
@@ -125,17 +126,18 @@ def _chunks_kernel(
 def _plans(
     grid_thw: list[int],
     num_keep: list[int],
-    keep_ratio: list[float],
+    keep_ratio: float | None,
     importance_ratio: float,
-    max_frame_ratio: list[float],
+    max_frame_ratio: float | None,
     strict: bool,
     fill: bool,
 ) -> list[tuple[BudgetPlan, int]]:
     """Plans of consecutive videos, equal ones once with their number: a run of them needs one launch."""
-    grids = zip(grid_thw[::3], grid_thw[1::3], grid_thw[2::3], strict=True)
+    grids = list(zip(grid_thw[::3], grid_thw[1::3], grid_thw[2::3], strict=True))
+    ratios = video_ratios(grids, num_keep, keep_ratio, max_frame_ratio)
     plans = [
         plan_budget(grid, kept, ratio, importance_ratio, cap, strict, fill)
-        for grid, kept, ratio, cap in zip(grids, num_keep, keep_ratio, max_frame_ratio, strict=True)
+        for grid, kept, (ratio, cap) in zip(grids, num_keep, ratios, strict=True)
     ]
     return [(plan, len(list(run))) for plan, run in groupby(plans)]
 
@@ -144,9 +146,9 @@ def allocate_budget(
     frame_scores: Tensor,
     grid_thw: list[int],
     num_keep: list[int],
-    keep_ratio: list[float],
+    keep_ratio: float | None,
     importance_ratio: float,
-    max_frame_ratio: list[float],
+    max_frame_ratio: float | None,
     strict: bool,
 ) -> tuple[Tensor, Tensor]:
     """Ranked tokens per frame [F] int64 and status bits of its score [F] int32."""
@@ -165,9 +167,9 @@ def select_tokens(
     frame_scores: Tensor | None,
     grid_thw: list[int],
     num_keep: list[int],
-    keep_ratio: list[float],
+    keep_ratio: float | None,
     importance_ratio: float,
-    max_frame_ratio: list[float],
+    max_frame_ratio: float | None,
     strict: bool,
     fill: bool,
     by_score: bool,
@@ -213,7 +215,7 @@ def _select_run(
     if size > LONGEST_FRAME or plan.frames > MOST_FRAMES:
         budget = torch.empty_like(frame_counts)
         before = video_budgets(frame_scores, plan, videos, frame_stride, frame, budget, frame_status)
-    if size > LONGEST_FRAME:
+    if budget is not None and size > LONGEST_FRAME:
         chunks = triton.cdiv(size, topk.CHUNK)
         view = scores.as_strided((rows, size), (row_stride, stride), scores.storage_offset() + offset)
         flags = torch.zeros(2, rows, dtype=torch.int32, device=scores.device)

@@ -195,7 +195,7 @@ def test_ratios_that_make_no_sense(seed, monkeypatch):
         monkeypatch.setattr(select, "MOST_FRAMES", 2)
     t, h, w = draw.randint(2, 4), draw.randint(1, 4), draw.randint(1, 8)
     keep = draw.randint(0, t * h * w)
-    args = [t, h, w], [keep], [draw.choice(HOSTILE)], draw.choice(HOSTILE), [draw.choice(HOSTILE)]
+    args = [t, h, w], [keep], draw.choice(HOSTILE), draw.choice(HOSTILE), draw.choice(HOSTILE)
     tokens, frames = torch.randn(t * h * w), torch.randn(t)
     for strict, uniform in ((False, True), (True, True), (True, False)):
         expected = engine.select_tokens(tokens, frames, *args, strict, uniform, False)
@@ -281,7 +281,7 @@ class NoHostReads(TorchDispatchMode):
 def test_one_launch_and_no_host_read(launches):
     tokens, frames = torch.randn(3, 5, 14), torch.randn(3, 5)
     grid = [5, 2, 7] * 3
-    args = grid, [21] * 3, [0.3] * 3, 0.5, [0.45] * 3, False
+    args = grid, [21] * 3, 0.3, 0.5, 0.45, False
     with NoHostReads():
         select.select_tokens(tokens, frames, *args, True, False)
         assert launches == ["_frames_kernel"]
@@ -293,7 +293,7 @@ def test_one_launch_and_no_host_read(launches):
 def test_runs_of_equal_videos_share_a_launch(launches):
     ragged = [5, 2, 7, 5, 2, 7, 3, 1, 4, 2049, 1, 2, 1, 1, 5000]
     sizes = [70, 70, 12, 4098, 5000]
-    args = ragged, [n // 3 for n in sizes], [1 / 3] * 5, 0.5, [0.5] * 5, False
+    args = ragged, [n // 3 for n in sizes], 1 / 3, 0.5, 0.5, False
     with NoHostReads():
         select.select_tokens(torch.zeros(sum(sizes)), torch.zeros(sum(ragged[::3])), *args, True, True)
     own = [name for name in launches if name in ("_frames_kernel", "_budget_kernel", "_chunks_kernel")]
