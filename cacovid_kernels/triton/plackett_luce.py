@@ -19,9 +19,10 @@ from cacovid_kernels.triton.weights import (
     add_moments,
     add_weights,
     aligned,
+    last_lane,
     load_double,
-    log_share,
     power,
+    race_back,
     share,
     weight_of,
 )
@@ -40,12 +41,6 @@ def _chain(factor_a, sum_a, factor_b, sum_b):
 @triton.jit
 def _chain_two(factor_a, sum_a, other_a, factor_b, sum_b, other_b):
     return factor_a * factor_b, sum_a * factor_b + sum_b, other_a * factor_b + other_b
-
-
-@triton.jit
-def _last(values, lane, BLOCK: tl.constexpr):
-    """The last lane of a float64 block."""
-    return tl.sum(tl.where(lane == BLOCK - 1, values, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["n", "k", "blocks", "rows"])
@@ -80,52 +75,6 @@ def _undrawn_kernel(
     if ORDER > 1:
         tl.store(out + 2, tl.sum(total * tl.load(direction + row * n + i, mask=i < n, other=0.0), 0))
     tl.store(out + 3, tl.sum(((i < n) & (drawn_at < k)).to(tl.int32), 0).to(tl.float64))
-
-
-@triton.jit
-def race_back(
-    logits, indices, direction, exponents, totals, means, n, k, logit_stride, draw_stride, last_exponent, last_total,
-    last_moment, ORDER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One ordered draw of k from a row of n logits, from the last stage to the first.
-
-    `last_*` is the weight of who is never drawn. Writes the weight of the race at every stage (ORDER > 0) and the mean
-    of the direction over it (ORDER > 1). Returns the log-probability, its slope along the direction, how many indices
-    are inside the row; and 1 if a stage is impossible, 2 if one is undefined.
-    """
-    lane = tl.arange(0, BLOCK)
-    value, slope = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    wrong, inside = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float64)
-    for after in range(0, k, BLOCK):
-        j = k - 1 - after - lane
-        index = tl.load(indices + j * draw_stride, mask=j >= 0, other=-1)
-        exists = (index >= 0) & (index < n)
-        x = load_double(logits + index * logit_stride, exists)
-        logit = tl.where(x == x, x, float("-inf"))
-        part_exponent, part = weight_of(logit)
-        if ORDER > 1:
-            towards = tl.load(direction + index, mask=exists, other=0.0)
-            exponent, total, moment = tl.associative_scan((part_exponent, part, part * towards), 0, add_moments)
-            exponent, total, moment = add_moments(last_exponent, last_total, last_moment, exponent, total, moment)
-            last_moment = _last(moment, lane, BLOCK)
-        else:
-            exponent, total = tl.associative_scan((part_exponent, part), 0, add_weights)
-            exponent, total = add_weights(last_exponent, last_total, exponent, total)
-        last_exponent, last_total = _last(exponent, lane, BLOCK), _last(total, lane, BLOCK)
-        # -1 is padding, -inf is never drawn, +inf wins for sure.
-        chance = tl.abs(logit) < float("inf")
-        value += tl.where(chance, log_share(part_exponent, part, exponent, total), 0.0)
-        undefined = ((index != -1) & (exists == 0)) | (x != x)
-        wrong |= tl.where(undefined, 2, tl.where(exists & (logit == float("-inf")), 1, 0))
-        inside += exists.to(tl.float64)
-        if ORDER > 0:
-            tl.store(exponents + j, exponent, mask=j >= 0)
-            tl.store(totals + j, total, mask=j >= 0)
-        if ORDER > 1:
-            mean = moment / tl.where(total > 0.0, total, 1.0)
-            tl.store(means + j, mean, mask=j >= 0)
-            slope += tl.where(chance & (exponent < CERTAIN), towards - mean, 0.0)
-    return tl.sum(value, 0), tl.sum(slope, 0), tl.sum(inside, 0), tl.max(wrong, 0)
 
 
 @triton.jit(do_not_specialize=["n", "k", "rows", "chunks"])
@@ -196,12 +145,12 @@ def _draws_kernel(
                 steps = carry, counts, counts * tl.load(means + j, mask=j < k, other=0.0)
                 factor, here, here_met = tl.associative_scan(steps, 0, _chain_two)
                 here_met += factor * last_met
-                last_met = _last(here_met, lane, BLOCK)
+                last_met = last_lane(here_met, lane, BLOCK)
                 tl.store(met + j, here_met, mask=j <= k)
             else:
                 factor, here = tl.associative_scan((carry, counts), 0, _chain)
             here += factor * last_stays
-            last_stays = _last(here, lane, BLOCK)
+            last_stays = last_lane(here, lane, BLOCK)
             tl.store(stays + j, here, mask=j <= k)
 
 

@@ -14,10 +14,9 @@ from cacovid_kernels.triton.plackett_luce import (
     pl_log_prob,
     pl_log_prob_backward,
     pl_log_prob_double_backward,
-    race_back,
 )
 from cacovid_kernels.triton.topk import CHUNK, emit_rows, row_keys, sorting_warps, status_bits
-from cacovid_kernels.triton.weights import aligned, load_double, weight_of
+from cacovid_kernels.triton.weights import aligned, load_double, race_back, weight_of
 
 SHORT = tl.constexpr(4)
 
@@ -68,7 +67,7 @@ def gumbel_topk(
     size = block(n)
     launch(
         _race_kernel, (rows * max(num_samples, 1),), logits, indices, log_prob, status, n, k, rows, num_samples,
-        *logits.stride(), seed, step, stream, num_warps=sorting_warps(size), BLOCK=size,
+        *logits.stride(), seed, step, stream, num_warps=sorting_warps(size), maxnreg=128, BLOCK=size,
         DRAWS=min(size, DRAWS),
     )  # fmt: skip
     return indices, log_prob, status
