@@ -100,18 +100,18 @@ def keeps_of(
     per_layer = depth in (1, 3)
     if depth > 3 or (per_layer and len(keep) != len(shapes)):
         raise ValueError(f"{op}: keep has {len(keep)} entries for {len(shapes)} layers. Pass {_FORMS}.")
-    known: dict[tuple, int] = {}
+    known: list[tuple[Any, tuple[int, int, int]]] = []  # no dict: the sizes of a compiled caller have no hash
     keeps: list[Keep] = []
     layer_keeps: list[int] = []
     for layer, shape in enumerate(shapes):
         given = keep[layer] if per_layer else keep
-        key = (id(given), shape)
-        if key not in known:
-            known[key] = len(keeps)
+        at = next((i for i, (other, size) in enumerate(known) if other is given and size == shape), len(known))
+        if at == len(known):
+            known.append((given, shape))
             keeps.append(_one(op, given, *shape))
             if (keeps[-1].indices if isinstance(keeps[-1], RaggedKeep) else keeps[-1]).device != device:
                 raise ValueError(f"{op}: the cache is on {device} but keep is not. Move keep to {device}.")
-        layer_keeps.append(known[key])
+        layer_keeps.append(at)
     ragged = [isinstance(k, RaggedKeep) for k in keeps]
     if any(ragged) and not all(ragged):
         raise ValueError(f"{op}: some layers have a ragged keep and some not. Make all of them a RaggedKeep.")
