@@ -212,6 +212,15 @@ def test_videos_of_any_shape(backend):
     assert torch.equal(others.log_prob[:, -2:], found.log_prob[:, 3:5])
 
 
+def test_no_videos(backend):
+    for scores, grid in ((torch.zeros(0), []), (torch.zeros(0, 3, 4), None)):
+        for frames in (None, torch.zeros(0)):
+            found = sample(scores, frames, grid, num_samples=3)
+            assert found.indices.shape == found.groups.shape == found.log_prob.shape == (3, 0)
+            assert found.frame_indices.shape == found.frame_log_prob.shape == (0 if frames is None else 5, 0)
+            assert found.status.shape == found.frame_status.shape == found.frame_draw_status.shape == (0,)
+
+
 def test_more_samples_begin_with_the_same(backend):
     scores, frames = randn(4, 50), randn(4)
     few = sample(scores, frames, num_samples=3, num_frame_samples=2, mode="strict")

@@ -189,8 +189,11 @@ def sample_combinations(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Indices `[S, K]`, groups `[S, F]`, log_prob `[S, F]`, frame_indices `[SF, KF]`, frame_log_prob `[SF, B]`,
     status of the frames `[F]` and of their draws `[B]`. Sample 0 holds the best tokens and the best frames."""
-    indices, groups, log_prob, status = [], [], [], []
-    frame_indices, frame_log_prob, frame_draw_status = [], [], []
+    indices, groups = ([token_scores.new_empty(num_samples, 0, dtype=torch.int64)] for _ in range(2))
+    log_prob = [token_scores.new_empty(num_samples, 0, dtype=torch.float32)]
+    frame_indices = [token_scores.new_empty(num_frame_samples, 0, dtype=torch.int64)]
+    frame_log_prob = [token_scores.new_empty(num_frame_samples, 0, dtype=torch.float32)]
+    status, frame_draw_status = ([token_scores.new_empty(0, dtype=torch.int32)] for _ in range(2))
     tokens = frames = 0
     for v in range(len(num_draw)):
         t, p = grid_thw[3 * v], grid_thw[3 * v + 1] * grid_thw[3 * v + 2]
@@ -213,10 +216,9 @@ def sample_combinations(
         status.append(flags)
         tokens += t * p
         frames += t
-    if not frame_indices:
+    if num_frame_samples == 0:
         frame_indices = [token_scores.new_empty(0, sum(num_frames), dtype=torch.int64)]
         frame_log_prob = [token_scores.new_empty(0, len(num_draw), dtype=torch.float32)]
-        frame_draw_status = [token_scores.new_empty(0, dtype=torch.int32)]
     return (
         torch.cat(indices, 1),
         torch.cat(groups, 1),

@@ -47,9 +47,8 @@ def key_score(key):
 @triton.jit
 def exps(key, best):
     """exp(score - best score) of order keys, float32, 0 for -inf and NaN; beside +inf 1 for those and 0 for others."""
-    finite = (key > KEY_NEG_INF) & (key < KEY_POS_INF)
-    largest = key_score(tl.where((best > KEY_NEG_INF) & (best < KEY_POS_INF), best, 0x80000000))
-    e = exp_float(tl.where(finite, key_score(tl.where(finite, key, 0x80000000)) - largest, -88.0))
+    falls = (key > KEY_NEG_INF) & (best < KEY_POS_INF)
+    e = exp_float(tl.where(falls, key_score(key) - key_score(best), -88.0))
     return tl.where(best == KEY_POS_INF, tl.where(key == KEY_POS_INF, 1.0, 0.0), e)
 
 

@@ -31,7 +31,8 @@ from cacovid_kernels.triton.noise import gumbel_noise, ln_float, random_bits
 MOST = 4096  # positions take 12 bits of a race word
 PROGRAMS = 1024  # enough for every GPU: more of them would only repeat the ranking
 STREAM_FRAMES, STREAM_GROUPS, STREAM_TOKENS = tl.constexpr(253), tl.constexpr(254), tl.constexpr(255)
-NOBODY = tl.constexpr(1 << 12)
+NOBODY = tl.constexpr(1 << 12)  # behind every position
+NO_WORD = tl.constexpr(-(1 << 63))  # the last of rank words, without a chance
 
 
 # ---- races --------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def _draw_tokens(scores, step_of_scores, memory, indices, groups, log_prob, stat
         start = tl.where(top, 0, group_start(group.to(tl.int64), size, remainder))
         members = memory + start[:, None]
         length = size + ((group < remainder) & (sample > 0)).to(tl.int32)
-        member = tl.load(members + slot, mask=slot < length[:, None], other=0x80000000 << 32)  # [S, W]
+        member = tl.load(members + slot, mask=slot < length[:, None], other=NO_WORD)  # [S, W]
         token, key = word_index(member).to(tl.int32), word_key(member)
         weight = token_weights(key, best, scale_inside, size)
         names = (frame * tokens + token, token * 0 + video, token * 0 + sample[:, None])
@@ -224,8 +225,8 @@ class _Plan(NamedTuple):
 
 
 def _samples_per_block(num_samples: int, warps: int, lanes: int) -> int:
-    """As many as leave eight lanes to a thread, in blocks of `lanes` per sample."""
-    return max(min(block(num_samples, 1), warps * 256 // max(lanes, 1)), 1)
+    """As many as leave four lanes to a thread, in blocks of `lanes` per sample."""
+    return max(min(block(num_samples, 1), warps * 128 // max(lanes, 1)), 1)
 
 
 def _samples_per_program(num_samples: int, per_block: int, rows: int) -> int:
@@ -249,7 +250,7 @@ def sample_combinations(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, h, w = grid_thw[::3], grid_thw[1::3], grid_thw[2::3]
     tokens = [a * b for a, b in zip(h, w, strict=True)]
-    if max(tokens) > MOST or (num_frame_samples > 0 and max(t) > MOST):
+    if max(tokens, default=0) > MOST or (num_frame_samples > 0 and max(t, default=0) > MOST):
         return reference.sample_combinations(
             token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, group_cap, num_frame_samples,
             num_frames, strict, seed, step,
@@ -277,7 +278,7 @@ def sample_combinations(
             scores = token_scores.reshape(-1, p.tokens)[frame : frame + rows]
         blocks = {"P": block(p.tokens), "G": block(p.num_groups), "W": block(-(-p.tokens // p.num_groups), 8)}
         blocks["T"] = block(p.frames) if num_frame_samples else 0
-        warps = min(max(blocks["P"], blocks["T"], 256) // 256, 16)
+        warps = min(max(blocks["P"], blocks["T"], 256) // 128, 8)
         blocks["S"] = _samples_per_block(num_samples, warps, max(blocks["G"], blocks["W"]))
         blocks["SF"] = _samples_per_block(num_frame_samples, warps, blocks["T"])
         chunk = _samples_per_program(num_samples, blocks["S"], rows)

@@ -1,4 +1,4 @@
-"""Calls whose kernels `aot.py` compiles: the published configuration, every dtype, and frames of every block size."""
+"""Calls whose kernels `aot.py` compiles: the published configuration in every dtype, frames of every block size."""
 
 from __future__ import annotations
 
@@ -8,31 +8,17 @@ import cacovid_kernels as ck
 
 
 def calls():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = torch.zeros(32, 196, dtype=dtype)
-        yield (
-            f"32 frames of 196 {dtype}",
-            lambda x=x: ck.sample_combinations(x, num_samples=23, keep_ratio=0.02, seed=0),
-        )
-    for mode in ("strict", "official"):
-        for frames in (32, 128):
-            x, f = torch.zeros(frames, 196), torch.zeros(frames)
-            options = {"num_samples": 23, "keep_ratio": 0.02, "num_frame_samples": 23, "seed": 0, "mode": mode}
-            yield (
-                f"{frames} frames of 196, {mode} frames",
-                lambda x=x, f=f, o=options: ck.sample_combinations(x, f, **o),
-            )
-    turned = torch.zeros(196, 32).t()
-    yield "196 turned", lambda: ck.sample_combinations(turned, num_samples=23, keep_ratio=0.02, seed=0)
-    for tokens in (64, 729, 1600, 2304, 4096):
-        x = torch.zeros(4, tokens)
-        for keep in (0.02, 0.5):
-            yield (
-                f"{tokens}, keep {keep}",
-                lambda x=x, k=keep: ck.sample_combinations(x, num_samples=23, keep_ratio=k, seed=0),
-            )
+    yield "32 frames of 196", lambda: ck.sample_combinations(torch.zeros(32, 196), num_samples=23, **KEEP_2)
+    for dtype, mode in ((torch.bfloat16, "strict"), (torch.float16, "official")):
+        x, f = torch.zeros(32, 196, dtype=dtype), torch.zeros(32, dtype=dtype)
+        options = {"num_samples": 23, "num_frame_samples": 23, "mode": mode, **KEEP_2}
+        yield f"32 frames of 196, {mode}, {dtype}", lambda x=x, f=f, o=options: ck.sample_combinations(x, f, **o)
+    for tokens in (64, 729, 4096):
+        for keep in (0.02, 0.5):  # many groups, and one of all tokens
+            x, options = torch.zeros(4, tokens), {"num_samples": 23, "keep_ratio": keep, "seed": 0}
+            yield f"{tokens}, keep {keep}", lambda x=x, o=options: ck.sample_combinations(x, **o)
     x, f = torch.zeros(4096, 64), torch.zeros(4096)
-    yield (
-        "4096 frames",
-        lambda: ck.sample_combinations(x, f, num_samples=23, keep_ratio=0.05, num_frame_samples=23, seed=0),
-    )
+    yield "4096 frames", lambda: ck.sample_combinations(x, f, num_samples=23, num_frame_samples=23, **KEEP_2)
+
+
+KEEP_2 = {"keep_ratio": 0.02, "seed": 0}
