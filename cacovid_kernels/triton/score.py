@@ -30,7 +30,7 @@ WIDE = Tile(128, 256, 64, 8, 3)  # spills registers unless tensor cores take bot
 TILES = [Tile(128, 128, 64, 8, 3, 0.85), Tile(64, 64, 64, 4, 4, 0.6), Tile(32, 16, 256, 4, 3, 0.12)]
 FLOAT32_TILES = [Tile(128, 64, 32, 8, 3), Tile(32, 32, 64, 4, 3, 0.5)]
 PLAIN = Tile(32, 32, 32, 4, 2)  # for widths that no 16-byte load fits
-LAST, FLOAT32_LAST = Tile(32, 256, 64, 8, 3), Tile(64, 32, 32, 4, 3)
+LAST, FLOAT32_LAST = Tile(32, 256, 64, 8, 3), Tile(32, 32, 32, 4, 3)
 WIDTH = 16  # what a width or stride has to divide by for Triton to use 16-byte loads
 
 
@@ -41,12 +41,12 @@ def silu(x):
 
 @triton.jit
 def multiply(
-    rows, weight, i_row, i_unit, stride_row, inputs, m_unit, INPUTS: tl.constexpr, EVEN: tl.constexpr,
+    rows, weight, i_row, i_unit, m_unit, stride_row, stride_unit, inputs, INPUTS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """float32 [rows, units]: rows [., inputs] times weight [units, inputs] transposed."""
     i_input = tl.arange(0, INPUTS)
     row_pointers = rows + i_row[:, None] * stride_row + i_input[None, :]
-    weight_pointers = weight + i_unit[None, :] * inputs + i_input[:, None]
+    weight_pointers = weight + i_unit[None, :] * stride_unit + i_input[:, None]
     total = tl.zeros([i_row.shape[0], i_unit.shape[0]], tl.float32)
     for o_input in range(0, inputs, INPUTS):
         if EVEN:
@@ -63,7 +63,7 @@ def multiply(
 
 @triton.jit(do_not_specialize=["count"])
 def layer_kernel(
-    rows, rrms, weight, bias, out, stride_row, count: tl.int64, inputs, units,
+    rows, rrms, weight, bias, out, stride_row, stride_unit, count: tl.int64, inputs, units,
     ROWS: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     # Neighbours share rows, and all programs the weight: 13 MB in the widest layer, which the L2 cache holds.
@@ -71,7 +71,7 @@ def layer_kernel(
     i_row = tl.program_id(0).to(tl.int64) // tiles * ROWS + tl.arange(0, ROWS)
     i_unit = tl.program_id(0).to(tl.int64) % tiles * UNITS + tl.arange(0, UNITS)
     at_row, m_unit = tl.minimum(i_row, count - 1), (i_unit < units)[None, :]  # rows past the end need no mask
-    total = multiply(rows, weight, at_row, i_unit, stride_row, inputs, m_unit, INPUTS, EVEN)
+    total = multiply(rows, weight, at_row, i_unit, m_unit, stride_row, stride_unit, inputs, INPUTS, EVEN)
     if rrms is not None:
         total *= tl.load(rrms + at_row)[:, None]
     total += tl.load(bias + i_unit[None, :], m_unit, other=0.0).to(tl.float32)
@@ -81,7 +81,7 @@ def layer_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def last_kernel(
-    rows, weight, bias, vector, offset, scores, count: tl.int64, inputs, units,
+    rows, weight, bias, vector, offset, scores, stride_unit, count: tl.int64, inputs, units,
     ROWS: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -90,7 +90,7 @@ def last_kernel(
     for o_unit in range(0, units, UNITS):
         i_unit = o_unit + tl.arange(0, UNITS).to(tl.int64)
         m_unit = (i_unit < units)[None, :]
-        total = multiply(rows, weight, at_row, i_unit, inputs, inputs, m_unit, INPUTS, EVEN)
+        total = multiply(rows, weight, at_row, i_unit, m_unit, inputs, stride_unit, inputs, INPUTS, EVEN)
         total += tl.load(bias + i_unit[None, :], m_unit, other=0.0).to(tl.float32)
         score += tl.sum(silu(total) * tl.load(vector + i_unit[None, :], m_unit, other=0.0), 1)
     tl.store(scores + i_row, score + tl.load(offset), i_row < count)
@@ -136,22 +136,23 @@ def head_scores(
 ) -> Tensor:
     count, halves = rows.shape[0], rows.element_size() == 2
     gpu = _gpu(rows.device)
-    rows = _packed(rows)
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+    rows, rrms = _packed(rows), None if rrms is None else rrms.contiguous()
+    for weight, bias in zip(map(_packed, weights[:-1]), biases[:-1], strict=True):
         units, inputs = weight.shape
         tile = _tile(count, units, inputs, halves, *gpu)
         grid = (triton.cdiv(count, tile.rows) * triton.cdiv(units, tile.units),)
         out = rows.new_empty(count, units)
         launch(
-            layer_kernel, grid, rows, rrms, _packed(weight), bias.contiguous(), out, rows.stride(0), count, inputs,
-            units, **_options(tile, inputs),
+            layer_kernel, grid, rows, rrms, weight, bias.contiguous(), out, rows.stride(0), weight.stride(0), count,
+            inputs, units, **_options(tile, inputs),
         )  # fmt: skip
         rows, rrms = out, None
-    units, inputs = weights[-1].shape
+    weight = _packed(weights[-1])
+    units, inputs = weight.shape
     tile = PLAIN if inputs % WIDTH else LAST if halves else FLOAT32_LAST
     scores = torch.empty(count, dtype=torch.float32, device=rows.device)
     launch(
-        last_kernel, (triton.cdiv(count, tile.rows),), rows, _packed(weights[-1]), biases[-1].contiguous(),
-        vector.contiguous(), offset, scores, count, inputs, units, **_options(tile, inputs),
+        last_kernel, (triton.cdiv(count, tile.rows),), rows, weight, biases[-1].contiguous(), vector.contiguous(),
+        offset, scores, weight.stride(0), count, inputs, units, **_options(tile, inputs),
     )  # fmt: skip
     return scores
