@@ -185,12 +185,11 @@ def combinations_kernel(
     """The videos of one run: `first_*` count what lies before them, `columns`, `frame_columns`, `all_frames` and
     `videos` the columns of the outputs."""
     program = tl.program_id(0)
-    memory += program.to(tl.int64) * (P if P > 2 * T else 2 * T)
     if program < token_programs:
         n, begin = (program // chunks).to(tl.int64), program % chunks * chunk  # n: number of the frame in the run
         row = first_frame + n
         _draw_tokens(
-            scores + n * row_step, score_step, memory,
+            scores + n * row_step, score_step, memory + program.to(tl.int64) * P,
             indices + first_column + n * num_draw, groups + row, log_prob + row, frame_status + row, columns,
             all_frames, first_video + n // frames, n % frames, first_token + n * tokens, tokens, num_draw, size,
             remainder, num_groups, double_of(cap), begin, tl.minimum(begin + chunk, num_samples), seed, step,
@@ -201,12 +200,11 @@ def combinations_kernel(
         n, begin = (program // frame_chunks).to(tl.int64), program % frame_chunks * frame_chunk
         base, video = first_frame + n * frames, first_video + n
         _draw_frames(
-            frame_scores + base * frame_score_step, frame_score_step, memory,
-            frame_indices + first_frame_column + n * num_frames,
-            frame_log_prob + video, frame_draw_status + video, frame_columns, videos, video, base,
-            frames.to(tl.int32), num_frames, num_frame_samples, begin,
-            tl.minimum(begin + frame_chunk, num_frame_samples),
-            seed, step, T, SF, STRICT,
+            frame_scores + base * frame_score_step, frame_score_step,
+            memory + token_programs.to(tl.int64) * P + program.to(tl.int64) * 2 * T,
+            frame_indices + first_frame_column + n * num_frames, frame_log_prob + video, frame_draw_status + video,
+            frame_columns, videos, video, base, frames.to(tl.int32), num_frames, num_frame_samples, begin,
+            tl.minimum(begin + frame_chunk, num_frame_samples), seed, step, T, SF, STRICT,
         )  # fmt: skip
 
 
@@ -284,13 +282,14 @@ def sample_combinations(
         chunk = _samples_per_program(num_samples, blocks["S"], rows)
         frame_chunk = _samples_per_program(num_frame_samples, blocks["SF"], count)
         chunks, frame_chunks = triton.cdiv(num_samples, chunk), triton.cdiv(num_frame_samples, frame_chunk)
-        programs = rows * chunks + count * frame_chunks
-        memory = torch.empty(programs * max(blocks["P"], 2 * blocks["T"]), dtype=torch.int64, device=device)
+        token_programs, frame_programs = rows * chunks, count * frame_chunks
+        size = token_programs * blocks["P"] + frame_programs * 2 * blocks["T"]
+        memory = torch.empty(size, dtype=torch.int64, device=device)
         launch(
-            combinations_kernel, (programs,), scores, per_frame, memory, *outputs,
+            combinations_kernel, (token_programs + frame_programs,), scores, per_frame, memory, *outputs,
             scores.stride(0), scores.stride(1), 0 if per_frame is None else per_frame.stride(0), seed, step,
             video, frame, token, column, frame_column, p.frames, p.tokens, p.num_draw, p.tokens // p.num_groups,
-            p.tokens % p.num_groups, p.num_groups, double_bits(p.group_cap), num_samples, chunk, chunks, rows * chunks,
+            p.tokens % p.num_groups, p.num_groups, double_bits(p.group_cap), num_samples, chunk, chunks, token_programs,
             columns, frames, p.num_frames, num_frame_samples, frame_chunk, max(frame_chunks, 1), frame_columns, videos,
             num_warps=warps, STRICT=strict, **blocks,
         )  # fmt: skip
