@@ -29,8 +29,8 @@ class Tile(NamedTuple):
 WIDE = Tile(128, 256, 64, 8, 3)  # spills registers unless tensor cores take both factors from shared memory
 TILES = [Tile(128, 128, 64, 8, 3, 0.85), Tile(64, 64, 64, 4, 4, 0.6), Tile(32, 16, 256, 4, 3, 0.12)]
 FLOAT32_TILES = [Tile(128, 64, 32, 8, 3), Tile(32, 32, 64, 4, 3, 0.5)]
-PLAIN = Tile(32, 32, 32, 4, 2)  # for widths that no 16-byte load fits
-LAST, FLOAT32_LAST = Tile(32, 256, 64, 8, 3), Tile(32, 32, 32, 4, 3)
+LAST = Tile(32, 256, 64, 8, 3)
+PLAIN = Tile(32, 32, 32, 4, 2)  # for widths that no 16-byte load fits; spills no registers with any of them
 WIDTH = 16  # what a width or stride has to divide by for Triton to use 16-byte loads
 
 
@@ -149,7 +149,7 @@ def head_scores(
         rows, rrms = out, None
     weight = _packed(weights[-1])
     units, inputs = weight.shape
-    tile = PLAIN if inputs % WIDTH else LAST if halves else FLOAT32_LAST
+    tile = LAST if halves and inputs % WIDTH == 0 else PLAIN
     scores = torch.empty(count, dtype=torch.float32, device=rows.device)
     launch(
         last_kernel, (triton.cdiv(count, tile.rows),), rows, weight, biases[-1].contiguous(), vector.contiguous(),
