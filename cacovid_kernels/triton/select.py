@@ -2,7 +2,7 @@
 
 Where a frame's tokens go follows from the budgets of its video alone, so every program computes these for itself and
 none has to wait for another. Videos of more than `MOST_FRAMES` frames get their budgets from a launch of their own;
-frames of more than `LONGEST_FRAME` tokens are cut into chunks (`topk`).
+frames of more than `LONGEST_FRAME` tokens are cut into chunks (`radix`).
 """
 
 from itertools import groupby
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cacovid_kernels.reference.select import video_ratios
-from cacovid_kernels.triton import topk
+from cacovid_kernels.triton import radix, topk
 from cacovid_kernels.triton.budget import (
     BudgetPlan,
     frame_flags,
@@ -25,10 +25,14 @@ from cacovid_kernels.triton.budget import (
 from cacovid_kernels.triton.exact import order_key, rank_word
 from cacovid_kernels.triton.fill import fill_below
 from cacovid_kernels.triton.launch import block, launch
-from cacovid_kernels.triton.topk import counts_before, kept_positions, kth_largest, segmented_topk, status_bits
+from cacovid_kernels.triton.radix import counts_before
+from cacovid_kernels.triton.topk import kept_positions, kth_largest, segmented_topk, status_bits
 
 LONGEST_FRAME = 4096
 MOST_FRAMES = 2048
+# Per thread, enough for 16 warps. Without a limit ptxas aims at more programs per multiprocessor than there are, and
+# spills a register for it.
+REGISTERS = 128
 
 
 @triton.jit
@@ -216,15 +220,15 @@ def _select_run(
         budget = torch.empty_like(frame_counts)
         before = video_budgets(frame_scores, plan, videos, frame_stride, frame, budget, frame_status)
     if budget is not None and size > LONGEST_FRAME:
-        chunks = triton.cdiv(size, topk.CHUNK)
+        chunks = triton.cdiv(size, radix.CHUNK)
         view = scores.as_strided((rows, size), (row_stride, stride), scores.storage_offset() + offset)
         flags = torch.zeros(2, rows, dtype=torch.int32, device=scores.device)
         keys = topk.row_keys(view, 0, rows, flags, noise=False)
         frame_status[frame : frame + rows] |= flags[0]
         launch(
-            _chunks_kernel, (rows * chunks,), keys, *topk.row_thresholds(keys, budget[frame : frame + rows]), budget,
+            _chunks_kernel, (rows * chunks,), keys, *radix.row_thresholds(keys, budget[frame : frame + rows]), budget,
             before, indices, frame_counts, *first, plan.frames, size, plan.num_keep, chunks, *plan.picks(),
-            num_warps=16, FLOAT_RANKS=plan.float_ranks, WORDS=words, CHUNK=topk.CHUNK,
+            num_warps=16, maxnreg=REGISTERS, FLOAT_RANKS=plan.float_ranks, WORDS=words, CHUNK=radix.CHUNK,
         )  # fmt: skip
         return
     block_p, block_t = block(size), block(plan.frames) if budget is None else 1
@@ -233,7 +237,7 @@ def _select_run(
     launch(
         _frames_kernel, (rows,), scores, frame_scores, budget, before, indices, frame_counts, frame_status, offset,
         row_stride, stride, frame_stride, *first, plan.frames, size, plan.num_keep, *plan.shares(), *plan.picks(),
-        num_warps=max(1, min(16, warps)), FLOAT_RANKS=plan.float_ranks, WORDS=words,
+        num_warps=max(1, min(16, warps)), maxnreg=REGISTERS, FLOAT_RANKS=plan.float_ranks, WORDS=words,
         BITS=topk.key_bits(scores.dtype), LEVEL_BITS=block_p.bit_length(), BLOCK_T=block_t, BLOCK_P=block_p,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ import cacovid_kernels as ck
 from cacovid_kernels.native import select as engine
 from cacovid_kernels.reference.select import _fill_ranks
 from cacovid_kernels.triton import budget as kernel_budget
-from cacovid_kernels.triton import fill, select, topk
+from cacovid_kernels.triton import fill, radix, select, topk
 from cacovid_kernels.triton.launch import launch
 
 NAN, INF = math.nan, math.inf
@@ -50,7 +50,7 @@ def short(monkeypatch):
     """Long videos and long frames begin at a size that the interpreter can do."""
     monkeypatch.setattr(select, "LONGEST_FRAME", 64)
     monkeypatch.setattr(select, "MOST_FRAMES", 4)
-    monkeypatch.setattr(topk, "CHUNK", 32)
+    monkeypatch.setattr(radix, "CHUNK", 32)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -260,7 +260,7 @@ def test_fill_of_any_size(strict):
 def launches(monkeypatch):
     """Names of the kernels that would have been launched; none is."""
     names: list[str] = []
-    for module in (select, kernel_budget, topk):
+    for module in (select, kernel_budget, radix, topk):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **kwargs: names.append(kernel.__name__))
     return names
 

@@ -19,6 +19,12 @@ def calls() -> Iterator[tuple[str, Callable]]:
     for size in (16, 1024, 4096):
         tokens = torch.empty(8, size)
         yield f"8 frames of {size}", lambda t=tokens: ck.select_tokens(t, t[:, 0], keep_ratio=0.1)
+    for frames, size in ((200, 500), (2048, 4096)):
+        tokens = torch.empty(1, dtype=torch.float16).expand(frames, size)
+        yield (
+            f"{frames} frames of {size}, strict, by score",
+            lambda t=tokens: ck.select_tokens(t, t[:, 0], keep_ratio=0.1, mode="strict", order="score"),
+        )
     tokens = torch.empty(32, 196)
     yield "strict", lambda t=tokens: ck.select_tokens(t, t[:, 0], keep_ratio=0.1, mode="strict")
     yield "strict, by score", lambda t=tokens: ck.select_tokens(t, None, keep_ratio=0.1, mode="strict", order="score")
