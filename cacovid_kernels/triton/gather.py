@@ -8,22 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cacovid_kernels._bits import as_bits
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.scatter import scatter_rows
-from cacovid_kernels.triton.storage import number
-from cacovid_kernels.triton.words import flat_index, seal, width_of, words
+from cacovid_kernels.triton.storage import as_words, number
+from cacovid_kernels.triton.words import flat_index, seal, width_of
 
 __all__ = ["gather_rows", "gather_rows_out", "scatter_rows"]
 
 TENSORS = 8  # of one launch: each has its own code in the kernel
 AXES = 3  # besides the tokens and the columns; a tensor with more is made contiguous first
-# Words of a program of 4 warps, and how many of a row: 1 KiB divides most hidden sizes, and every thread has four
-# loads of 16 bytes in flight.
-TILE, TILE_COLUMNS = 1024, 128
+# Vectors of a row in one tile: 1 KiB, which divides most hidden sizes. And vectors of a program of 4 warps: four loads
+# of 16 bytes in flight for every thread, or eight of less.
+COLUMNS, TILE, TILE_NARROW = 64, 512, 1024
 
 
 class Rows(NamedTuple):
-    """One tensor. Steps and columns count vectors of 16 bytes, or words where those do not fit."""
+    """One tensor. Steps and columns count vectors: as many elements, side by side, as one access can move."""
 
     source: Any
     target: Any
@@ -44,10 +45,10 @@ class Rows(NamedTuple):
 
 @triton.jit
 def _gather_tile(
-    x, index, kept, p, VECTOR: tl.constexpr, COLUMNS: tl.constexpr, AXES: tl.constexpr, APART: tl.constexpr,
-    TILE: tl.constexpr,
+    x, index, kept, p, ITEM: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AXES: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = TILE // COLUMNS
+    """Moves ROWS entries of the index and COLUMNS elements of each, as integers of ITEM bytes."""
     row_tiles, column_tiles = number(x.row_tiles).to(tl.int32), number(x.column_tiles).to(tl.int32)
     segment = p // (row_tiles * column_tiles)
     tile = p - segment * (row_tiles * column_tiles)
@@ -73,21 +74,24 @@ def _gather_tile(
     if APART:
         o_column = i_column * number(x.column_step)
     m_source, m_target = m_token[:, None] & m_column, m_row[:, None] & m_column
-    values = tl.load(x.source + (o_source * VECTOR)[:, None] + o_column[None, :], mask=m_source, other=0)
-    tl.store(x.target + (o_target * VECTOR)[:, None] + i_column[None, :], values, mask=m_target)
+    source, target = as_words(x.source, ITEM), as_words(x.target, ITEM)
+    values = tl.load(source + (o_source * VECTOR)[:, None] + o_column[None, :], mask=m_source, other=0)
+    tl.store(target + (o_target * VECTOR)[:, None] + i_column[None, :], values, mask=m_target)
 
 
 @triton.jit(do_not_specialize=["kept"])
 def gather_kernel(
-    index, kept: tl.int64, tensors, VECTORS: tl.constexpr, COLUMNS: tl.constexpr, AXES: tl.constexpr,
-    APART: tl.constexpr, TILE: tl.constexpr,
+    index, kept: tl.int64, tensors, ITEM: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AXES: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """tensors: `Rows`. Their rows of the tokens at the index, zeros where it is outside [0, tokens)."""
     p = tl.program_id(0)
     for t in tl.static_range(len(tensors)):
         first, last = number(tensors[t].first).to(tl.int32), number(tensors[t].last).to(tl.int32)
         if (p >= first) & (p < last):
-            _gather_tile(tensors[t], index, kept, p - first, VECTORS[t], COLUMNS[t], AXES[t], APART[t], TILE)
+            _gather_tile(
+                tensors[t], index, kept, p - first, ITEM[t], VECTOR[t], ROWS[t], COLUMNS[t], AXES[t], APART[t]
+            )  # fmt: skip
 
 
 class _Layout(NamedTuple):
@@ -121,7 +125,7 @@ def _layout_of(x: Tensor, dim: int, kept: int) -> _Layout:
     return _Layout(axes, columns, column_step)
 
 
-def _rows(x: Tensor, dim: int, kept: int, out: Tensor, first: int) -> tuple[Rows, int, tuple[int, int, int, bool]]:
+def _rows(x: Tensor, dim: int, kept: int, out: Tensor, first: int) -> tuple[Rows, int, tuple]:
     """A tensor of `gather_kernel` whose programs begin at `first`, where they end, and its constants."""
     layout = _layout_of(x, dim, kept)
     if len(layout.axes) > AXES:
@@ -129,37 +133,33 @@ def _rows(x: Tensor, dim: int, kept: int, out: Tensor, first: int) -> tuple[Rows
         layout = _layout_of(x, dim, kept)
     axes, columns, column_step = layout
     tokens, step, item = x.shape[dim], x.stride(dim), x.element_size()
-    target_step = math.prod(x.shape[dim + 1 :])
     width = item
     if column_step == 1:
         width = width_of([x, out], *(n * item for n in (columns, step, *(s for _, s, _ in axes))))
-        if width > item:
-            x = x.as_strided((*(n for n, _, _ in axes), tokens, columns), (*(s for _, s, _ in axes), step, 1))
-    per = width // item  # elements of a vector or a word
-    vector = 2 if width == 16 else 1
-    tile_columns = min(block(columns // per * vector, vector), TILE_COLUMNS)
-    row_tiles = triton.cdiv(kept, TILE // tile_columns)
-    column_tiles = triton.cdiv(columns // per * vector, tile_columns)
+    vector = width // item
+    tile_columns = min(block(columns, vector), COLUMNS * vector)
+    tile_rows = (TILE if width == 16 else TILE_NARROW) * vector // tile_columns
+    row_tiles, column_tiles = triton.cdiv(kept, tile_rows), triton.cdiv(columns, tile_columns)
     last = first + row_tiles * column_tiles * math.prod(n for n, _, _ in axes)
     inner_first = axes[::-1]
     rows = Rows(
-        source=words(x, width),
-        target=words(out.view(-1), width),
+        source=x,
+        target=out,
         first=seal(first),
         last=seal(last),
         row_tiles=seal(row_tiles),
         column_tiles=seal(column_tiles),
         by_columns=seal(kept > tokens),
         tokens=seal(tokens),
-        step=seal(step // per),
-        target_step=seal(target_step // per),
-        columns=seal(columns // per),
+        step=seal(step // vector),
+        target_step=seal(math.prod(x.shape[dim + 1 :]) // vector),
+        columns=seal(columns // vector),
         column_step=seal(column_step),
         sizes=tuple(seal(n) for n, _, _ in inner_first),
-        steps=tuple(seal(s // per) for _, s, _ in inner_first),
-        target_steps=tuple(seal(s // per) for _, _, s in inner_first),
+        steps=tuple(seal(s // vector) for _, s, _ in inner_first),
+        target_steps=tuple(seal(s // vector) for _, _, s in inner_first),
     )
-    return rows, last, (vector, tile_columns, len(axes), column_step != 1)
+    return rows, last, (item, vector, tile_rows, tile_columns, len(axes), column_step != 1)
 
 
 def _gather(xs: list[Tensor], index: Tensor, dims: list[int], outs: list[Tensor]) -> None:
@@ -169,13 +169,13 @@ def _gather(xs: list[Tensor], index: Tensor, dims: list[int], outs: list[Tensor]
     for at in range(0, len(some), TENSORS):
         tensors, constants, programs = [], [], 0
         for i in some[at : at + TENSORS]:
-            rows, programs, constant = _rows(xs[i], dims[i], flat.numel(), outs[i], programs)
+            rows, programs, constant = _rows(as_bits(xs[i]), dims[i], flat.numel(), as_bits(outs[i]), programs)
             tensors.append(rows)
             constants.append(constant)
-        vectors, columns, axes, apart = zip(*constants, strict=True)
+        item, vector, rows_of, columns, axes, apart = zip(*constants, strict=True)
         launch(
-            gather_kernel, (programs,), flat, flat.numel(), tuple(tensors), VECTORS=vectors, COLUMNS=columns, AXES=axes,
-            APART=apart, TILE=TILE,
+            gather_kernel, (programs,), flat, flat.numel(), tuple(tensors), ITEM=item, VECTOR=vector, ROWS=rows_of,
+            COLUMNS=columns, AXES=axes, APART=apart,
         )  # fmt: skip
 
 

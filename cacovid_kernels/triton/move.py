@@ -18,13 +18,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from cacovid_kernels.triton.storage import narrow, number, pick, widen
+from cacovid_kernels.triton.storage import FP32, narrow, number, pick, widen
 
 ELSEWHERE, IN_HEADS, IN_FRONT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 class Geometry(NamedTuple):
-    """What the tensors of one launch share. Steps, columns and half count vectors of VECTOR words; all sealed."""
+    """What the tensors of one launch share. Steps, columns and half count vectors of VECTOR elements; all sealed."""
 
     rows: int  # kept per head; of all heads for ragged lists
     tiles: int  # units that hold them
@@ -116,7 +116,7 @@ def _targets(unit, g, PLACEMENT: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _spread(column, g, APART: tl.constexpr):
-    """Offsets of columns in words."""
+    """Offsets of columns in elements."""
     if APART:
         return (column * number(g.column_step))[None, :]
     else:
@@ -175,8 +175,8 @@ def _turn_units(
         b = widen(tl.load(row + _spread(i_high, g, APART), mask=m_source, other=0), KIND)
         o_target, m_target, i_table = _targets(unit, g, PLACEMENT, RAGGED, ROWS)
         o_table = (i_table * half * VECTOR)[:, None] + i_low[None, :]
-        cos = tl.load(cosine + o_table, mask=m_source, other=0.0).to(a.dtype)
-        sin = tl.load(sine + o_table, mask=m_source, other=0.0).to(a.dtype)
+        cos = widen(tl.load(cosine + o_table, mask=m_source, other=0), FP32).to(a.dtype)
+        sin = widen(tl.load(sine + o_table, mask=m_source, other=0), FP32).to(a.dtype)
         low, high = narrow(a * cos - b * sin, KIND), narrow(b * cos + a * sin, KIND)
         if PLACEMENT != ELSEWHERE:
             o_source = _sources(unit + 1, last, g, keep, bounds, RAGGED, ROWS)
@@ -194,7 +194,7 @@ def _turn_units(
 @triton.jit
 def move_kernel(
     sources, targets, keeps, bounds, cosines, sines, g, PLACEMENT: tl.constexpr, RAGGED: tl.constexpr,
-    TURNED: tl.constexpr, KIND: tl.constexpr, VECTOR: tl.constexpr, ALIGNMENT: tl.constexpr, APART: tl.constexpr,
+    TURNED: tl.constexpr, KIND: tl.constexpr, ITEM: tl.constexpr, VECTOR: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Tuples hold one entry per tensor, or one for all; `targets` and what is not in use repeat others. g: `Geometry`.
@@ -206,20 +206,21 @@ def move_kernel(
     i_column, part, t = p % column_tiles, p // column_tiles % parts, p // column_tiles // parts
     first = part.to(tl.int64) * number(g.units)
     last = first + number(g.units)
-    source, keep = pick(sources, t, ALIGNMENT), pick(keeps, t, 8)
+    source, keep = pick(sources, t, ITEM, ITEM * VECTOR), pick(keeps, t, 8, 8)
     target, cu_seqlens = source, keep
     if PLACEMENT == ELSEWHERE:
-        target = pick(targets, t, ALIGNMENT)
+        target = pick(targets, t, ITEM, ITEM * VECTOR)
     if RAGGED:
-        cu_seqlens = pick(bounds, t, 4)
+        cu_seqlens = pick(bounds, t, 4, 4)
     column = i_column.to(tl.int64) * COLUMNS
     if TURNED:
         PAIRS: tl.constexpr = COLUMNS // 2
         pair_tiles = tl.cdiv(number(g.half) * VECTOR, PAIRS)
         turned = t < _count(g.rotated)
         if turned & (i_column < pair_tiles):
+            FLOATS: tl.constexpr = 4 * VECTOR if VECTOR < 4 else 16
             _turn_units(
-                source, target, keep, cu_seqlens, pick(cosines, t, 4 * VECTOR), pick(sines, t, 4 * VECTOR), first, last,
+                source, target, keep, cu_seqlens, pick(cosines, t, 4, FLOATS), pick(sines, t, 4, FLOATS), first, last,
                 i_column.to(tl.int64) * PAIRS, g, PLACEMENT, RAGGED, VECTOR, APART, ROWS, PAIRS, TAIL, KIND,
             )  # fmt: skip
         else:

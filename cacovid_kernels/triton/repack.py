@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
+from cacovid_kernels._bits import as_bits
 from cacovid_kernels.reference.repack import ELSEWHERE, IN_FRONT, IN_HEADS
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.move import Geometry, move_kernel
 from cacovid_kernels.triton.storage import KINDS
-from cacovid_kernels.triton.words import seal, width_of, words
+from cacovid_kernels.triton.words import seal, width_of
 
-# Words that a thread moves at a time: enough loads in flight, where 16 bytes are one load, and few enough registers
-# where keys are turned.
-WORDS, WORDS_IN_TURN = 8, 16
-COLUMNS = 1024  # bytes of a row in one tile
-# In place a program walks through its rows, and has one tile at a time on its way. Rows are split between programs
-# until there are enough of them for a GPU, but not into pieces that memory fetches twice.
+# Vectors of a row in one tile: 1 KiB. And what a thread moves at a time: enough loads in flight, in place too, where a
+# program has only one tile on its way; elements where keys are turned, which takes registers.
+COLUMNS, VECTORS, VECTORS_IN_PLACE, ELEMENTS_TURNED = 64, 4, 8, 16
+# In place a program walks through its rows, and rows are split between programs until there are enough of them for a
+# GPU, but not into pieces that memory fetches twice.
 PROGRAMS, PIECE = 400, 64
 POINTERS = 448  # of one launch: a kernel takes 4 KiB of arguments
 
@@ -60,7 +61,7 @@ def repack_rows_(
 
 def _repack(xs, keep, cu_seqlens, keep_of, cos, sin, rotated, placements, zero_tail, outs) -> None:
     """`outs` are `xs` where rows stay in them."""
-    keep = [k.contiguous() for k in keep]
+    xs, outs, keep = [as_bits(x) for x in xs], [as_bits(x) for x in outs], [k.contiguous() for k in keep]
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, (x, j) in enumerate(zip(xs, keep_of, strict=True)):
         if outs[i].numel() > 0:
@@ -113,33 +114,28 @@ def _move(
     """One launch for tensors of one shape: the first `rotated` of them are turned."""
     (batch, heads, tokens, columns), item, ragged = xs[0].shape, xs[0].element_size(), bool(bounds)
     half = cos[0].shape[-1] if rotated else 0
-    if rotated:  # values must be seen one by one
-        whole = width == 16 and width_of([*cos, *sin], half * item, half * 4) == 16
-        word, vector = item, 16 // item if whole else 1
-    else:
-        word, vector = min(width, 8), 2 if width == 16 else 1
-    unit = word * vector // item  # elements of a vector
+    if rotated:
+        width = math.gcd(width, half * item) if width_of([*cos, *sin]) == 16 else item
+    vector = width // item  # elements that one access moves
     apart = columns > 1 and xs[0].stride(3) != 1
     rows = keep[0].shape[-1]
     in_place = placement != ELSEWHERE
 
-    # Columns are counted in words.
-    width_in_words, half_in_words = columns * item // word, half * item // word
-    tile_columns = min(block(width_in_words, 2 * vector if rotated else vector), COLUMNS // word)
+    pair = 2 if rotated else 1
+    tile_columns = min(block(columns, pair * vector), COLUMNS * vector)
     if in_place:
-        least = max(PIECE // word, vector) * (2 if rotated else 1)
+        least = max(PIECE // item, vector) * pair
         walks = len(xs) * (batch * heads if placement == IN_HEADS else 1)
-        while tile_columns > least and walks * -(-width_in_words // tile_columns) < PROGRAMS:
+        while tile_columns > least and walks * -(-columns // tile_columns) < PROGRAMS:
             tile_columns //= 2
-    num_warps = 8 if in_place and rotated and vector > 1 else 4
-    tile = 32 * num_warps * (WORDS_IN_TURN if vector > 1 and (in_place or rotated) else WORDS)
-    tile_rows = max(tile // tile_columns, 1)
-    column_tiles = -(-width_in_words // tile_columns)
+    num_warps, each = 4, vector * (VECTORS if width == 16 and not in_place else VECTORS_IN_PLACE)
+    if rotated and vector > 1:
+        num_warps, each = 8 if in_place else 4, ELEMENTS_TURNED
+    tile_rows = max(32 * num_warps * each // tile_columns, 1)
+    column_tiles = -(-columns // tile_columns)
     if rotated:
-        turned_tiles = -(-half_in_words // (tile_columns // 2)) - (
-            -(width_in_words - 2 * half_in_words) // tile_columns
-        )
-        column_tiles = max(column_tiles, turned_tiles)
+        pair_tiles = -(-half // (tile_columns // 2))
+        column_tiles = max(column_tiles, pair_tiles - (-(columns - 2 * half) // tile_columns))
 
     tiles = max(-(-rows // tile_rows), 1)
     all_units = tiles if ragged else batch * heads * tiles
@@ -150,18 +146,16 @@ def _move(
     tail = tokens - rows if zero_tail and placement == IN_HEADS else 0
     numbers = Geometry(
         rows=rows, tiles=tiles, units=units, parts=all_units // units, column_tiles=column_tiles, batch=batch,
-        heads=heads, tokens=tokens, batch_step=batch_step // unit, head_step=head_step // unit,
-        row_step=row_step // unit, column_step=column_step, keep_batch_step=keep_steps[0],
+        heads=heads, tokens=tokens, batch_step=batch_step // vector, head_step=head_step // vector,
+        row_step=row_step // vector, column_step=column_step, keep_batch_step=keep_steps[0],
         keep_head_step=keep_steps[1], table_batch_step=table_steps[0], table_head_step=table_steps[1],
-        columns=columns // unit, half=half // unit, rotated=rotated, tail=tail,
+        columns=columns // vector, half=half // vector, rotated=rotated, tail=tail,
     )  # fmt: skip
     g = Geometry(*map(seal, numbers))
-    sources = tuple(words(x, word) for x in xs)
-    targets = sources[:1] if in_place else tuple(words(out.view(-1), word) for out in outs)
+    cos, sin = (cos, sin) if rotated else (keep[:1], keep[:1])
     launch(
-        move_kernel, (len(xs) * column_tiles * all_units // units,), sources, targets, tuple(keep),
-        tuple(bounds or keep[:1]), tuple(cos if rotated else keep[:1]), tuple(sin if rotated else keep[:1]), g,
-        PLACEMENT=placement, RAGGED=ragged, TURNED=rotated > 0, KIND=KINDS[xs[0].dtype] if rotated else 0,
-        VECTOR=vector, ALIGNMENT=word * vector, APART=apart, ROWS=tile_rows, COLUMNS=tile_columns, TAIL=tail > 0,
-        num_warps=num_warps,
+        move_kernel, (len(xs) * column_tiles * (all_units // units),), tuple(xs), tuple(xs[:1] if in_place else outs),
+        tuple(keep), tuple(bounds or keep[:1]), tuple(cos), tuple(sin), g, PLACEMENT=placement, RAGGED=ragged,
+        TURNED=rotated > 0, KIND=KINDS[xs[0].dtype] if rotated else 0, ITEM=item, VECTOR=vector, APART=apart,
+        ROWS=tile_rows, COLUMNS=tile_columns, TAIL=tail > 0, num_warps=num_warps,
     )  # fmt: skip

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cacovid_kernels.triton.launch import block, launch
-from cacovid_kernels.triton.storage import FP64, KINDS, narrow, number, widen
-from cacovid_kernels.triton.words import flat_index, seal, width_of, words
+from cacovid_kernels.triton.storage import FP32, FP64, KINDS, as_words, narrow, number, widen
+from cacovid_kernels.triton.words import flat_index, seal, width_of
 
 TENSORS = 8  # of one launch: each has its own code in the kernel
 TILE, TILE_COLUMNS = 2048, 512  # elements of a program of 4 warps, and how many of a row
@@ -42,15 +42,17 @@ def _sum_tile(
     m_token, m_column = i_token < tokens, (i_column // VECTOR < columns)[None, :]
     begin = tl.load(starts + i_token, mask=m_token, other=0)
     terms = tl.load(starts + i_token + 1, mask=m_token, other=0) - begin
+    ITEM: tl.constexpr = 2 if KIND < FP32 else 4 if KIND == FP32 else 8
+    source, target = as_words(x.source, ITEM), as_words(x.target, ITEM)
     b_sum = tl.zeros([ROWS, COLUMNS], tl.float64 if KIND == FP64 else tl.float32)
     for j in range(tl.max(terms, 0)):
         m_term = j < terms
         i_row = outer * kept + tl.load(order + begin + j, mask=m_term, other=0)
         o_row = (i_row * columns * VECTOR)[:, None]
-        bits = tl.load(x.source + o_row + i_column[None, :], mask=m_term[:, None] & m_column, other=0)
+        bits = tl.load(source + o_row + i_column[None, :], mask=m_term[:, None] & m_column, other=0)
         b_sum += widen(bits, KIND)  # a sum that began at +0 is never -0, so adding 0 leaves its bits
     o_token = ((outer * tokens + i_token) * columns * VECTOR)[:, None]
-    tl.store(x.target + o_token + i_column[None, :], narrow(b_sum, KIND), mask=m_token[:, None] & m_column)
+    tl.store(target + o_token + i_column[None, :], narrow(b_sum, KIND), mask=m_token[:, None] & m_column)
 
 
 @triton.jit(do_not_specialize=["kept"])
@@ -99,8 +101,8 @@ def _sums(grad: Tensor, out: Tensor, tokens: int, dim: int, first: int) -> tuple
     row_tiles, column_tiles = triton.cdiv(tokens, TILE // tile_columns), triton.cdiv(columns, tile_columns)
     last = first + math.prod(out.shape[:dim]) * row_tiles * column_tiles
     sums = Sums(
-        source=words(grad.view(-1), item),
-        target=words(out.view(-1), item),
+        source=grad,
+        target=out,
         first=seal(first),
         last=seal(last),
         row_tiles=seal(row_tiles),

@@ -20,8 +20,15 @@ def number(sealed):
 
 
 @triton.jit
-def pick(pointers, i, ALIGNMENT: tl.constexpr):
-    """Pointer number i of a tuple, chosen in groups of 8 so that no long chain of choices depends on itself."""
+def as_words(pointer, ITEM: tl.constexpr):
+    """The pointer, as one to integers of ITEM bytes."""
+    WORD: tl.constexpr = tl.int8 if ITEM == 1 else tl.int16 if ITEM == 2 else tl.int32 if ITEM == 4 else tl.int64
+    return pointer.to(tl.pointer_type(WORD))
+
+
+@triton.jit
+def pick(pointers, i, ITEM: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Entry i of a tuple, `as_words`; chosen in groups of 8, so that no long chain of choices waits for itself."""
     at = pointers[0].to(tl.int64)
     for first in tl.static_range(0, len(pointers), 8):
         group = pointers[first].to(tl.int64)
@@ -29,7 +36,8 @@ def pick(pointers, i, ALIGNMENT: tl.constexpr):
             if first + j < len(pointers):
                 group = tl.where(i == first + j, pointers[first + j].to(tl.int64), group)
         at = tl.where(i >= first, group, at)
-    return tl.multiple_of(at.to(pointers[0].dtype), ALIGNMENT)
+    WORD: tl.constexpr = tl.int8 if ITEM == 1 else tl.int16 if ITEM == 2 else tl.int32 if ITEM == 4 else tl.int64
+    return tl.multiple_of(at.to(tl.pointer_type(WORD)), ALIGNMENT)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rows of memory as integers: bits are moved in the widest words that sizes, strides and addresses allow."""
+"""What kernels that move bits have to know of memory, and numbers in tuples of arguments."""
 
 from __future__ import annotations
 
@@ -8,22 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _SEAL = 1 << 62
 
 
-def width_of(xs: Iterable[Tensor], *counts: int) -> int:
-    """The widest vector, at most 16 bytes, at whose multiples the rows of `xs` lie; `counts` are further bytes."""
-    size = 16
-    for x in xs:
-        size = math.gcd(size, x.data_ptr(), x.storage_offset() * x.element_size())
-    return math.gcd(size, *counts)
-
-
-def words(x: Tensor, width: int) -> Tensor:
-    """`x` as integers of `width` bytes: of 8 for a vector of 16, which two of them make."""
-    dtype = WORDS[min(width, 8)]
-    return x if x.dtype is dtype else x.view(dtype)
+def width_of(xs: Iterable[Tensor], *bytes_between: int) -> int:
+    """Bytes of the widest vector, at most 16, that rows of `xs` are made of which lie that many bytes apart."""
+    return math.gcd(16, *(x.data_ptr() for x in xs), *bytes_between)
 
 
 def flat_index(index: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ def test_in_place_gives_the_same_rows_and_touches_nothing_else(columns):
 def test_no_row_is_overwritten_before_it_is_read(placement, monkeypatch):
     """Tiles of two rows: every program walks through many of them."""
     torch.manual_seed(placement)
-    monkeypatch.setattr(repack, "WORDS_IN_TURN", 2)
+    monkeypatch.setattr(repack, "VECTORS_IN_PLACE", 1)
+    monkeypatch.setattr(repack, "ELEMENTS_TURNED", 2)
     monkeypatch.setattr(repack, "PROGRAMS", 1)
     columns, tokens = 256, 15
     for kept in (1, 8, 14, 15):
