@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -260,7 +259,3 @@ def assert_same(found: Tensors, wanted: Tensors, close: frozenset[str] = frozens
 def bits(x: Tensor) -> Tensor:
     """The memory of `x` as integers: NaN equals itself, -0 differs from 0."""
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def rng_of(family: str, seed: int) -> Random:
-    return Random(f"{family} {seed}")

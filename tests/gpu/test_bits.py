@@ -7,8 +7,8 @@ import torch
 
 import cacovid_kernels as ck
 
-from .problems import SCALE, Problem, assert_same, golden, on, problems, rng_of
-from .random_cases import RANDOM
+from .problems import SCALE, Problem, assert_same, golden, on, problems
+from .random_cases import RANDOM, random_case
 
 CHUNK = 50  # random cases per test
 
@@ -26,15 +26,14 @@ def test_usual_sizes(gpu, small, name):
         compare(gpu, problems(small)[name], seed)
 
 
-CHUNKS = [(name, i) for name, (_, count) in RANDOM.items() for i in range(0, count if SCALE == "full" else 1, CHUNK)]
+CHUNKS = [(name, i) for name, family in RANDOM.items() for i in range(0, family.cases if SCALE == "full" else 1, CHUNK)]
 
 
 @pytest.mark.parametrize(("name", "first"), CHUNKS)
 def test_random_cases(gpu, small, repeats, record_property, name, first):
-    make, _ = RANDOM[name]
     count = repeats(CHUNK)
     for seed in range(first, first + count):
-        compare(gpu, make(rng_of(name, seed), 2 if small else 16), 0)
+        compare(gpu, random_case(name, seed, 2 if small else 16), 0)
     record_property("cases", count)
 
 
