@@ -43,7 +43,7 @@ def _chain_two(factor_a, sum_a, other_a, factor_b, sum_b, other_b):
     return factor_a * factor_b, sum_a * factor_b + sum_b, other_a * factor_b + other_b
 
 
-@triton.jit(do_not_specialize=["n", "k", "blocks", "rows"])
+@triton.jit(do_not_specialize=["n", "k", "blocks", "rows", "sample_stride", "row_stride"])
 def _stage_kernel(
     indices, stage, n: tl.int64, k: tl.int64, blocks: tl.int64, rows: tl.int64, sample_stride: tl.int64,
     row_stride: tl.int64, draw_stride: tl.int64, BLOCK: tl.constexpr,
@@ -56,7 +56,7 @@ def _stage_kernel(
     tl.atomic_min(stage + item * n + index, j.to(tl.int32), mask=(index >= 0) & (index < n), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "k", "rows", "chunks"])
+@triton.jit(do_not_specialize=["n", "k", "rows", "chunks", "row_stride"])
 def _undrawn_kernel(
     logits, stage, direction, undrawn, n: tl.int64, k: tl.int64, rows: tl.int64, chunks: tl.int64, row_stride: tl.int64,
     stride: tl.int64, ORDER: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,7 +77,7 @@ def _undrawn_kernel(
     tl.store(out + 3, tl.sum(((i < n) & (drawn_at < k)).to(tl.int32), 0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["n", "k", "rows", "chunks"])
+@triton.jit(do_not_specialize=["n", "k", "rows", "chunks", "logit_row_stride", "sample_stride", "row_stride"])
 def _draws_kernel(
     logits, indices, undrawn, log_prob, direction, grad, scale, grad_grad, exponents, totals, means, stays, met,
     n: tl.int64, k: tl.int64, rows: tl.int64, chunks: tl.int64, logit_row_stride: tl.int64, logit_stride: tl.int64,
@@ -154,7 +154,7 @@ def _draws_kernel(
             tl.store(stays + j, here, mask=j <= k)
 
 
-@triton.jit(do_not_specialize=["samples", "n", "k", "rows", "chunks"])
+@triton.jit(do_not_specialize=["samples", "n", "k", "rows", "chunks", "row_stride"])
 def _gradient_kernel(
     logits, stage, direction, scale, exponents, totals, stays, met, out, samples: tl.int64, n: tl.int64, k: tl.int64,
     rows: tl.int64, chunks: tl.int64, row_stride: tl.int64, stride: tl.int64, ORDER: tl.constexpr, BLOCK: tl.constexpr,

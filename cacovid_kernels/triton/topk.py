@@ -57,7 +57,7 @@ def kept_positions(above, equal, ties, above_before, equal_before):
 # ---- long rows ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["first", "n", "chunks", "rows", "seed", "step", "stream"])
+@triton.jit(do_not_specialize=["first", "n", "chunks", "rows", "row_stride", "seed", "step", "stream"])
 def _keys_kernel(
     scores, keys, flags, first: tl.int64, n: tl.int64, chunks: tl.int64, rows: tl.int64, row_stride: tl.int64,
     stride: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, NOISE: tl.constexpr, CHUNK: tl.constexpr,
