@@ -113,7 +113,7 @@ def _draw_tokens(scores, step_of_scores, memory, indices, groups, log_prob, stat
         token, key = word_index(member).to(tl.int32), word_key(member)
         weight = token_weights(key, best, scale_inside, size)
         names = (frame * tokens + token, token * 0 + video, token * 0 + sample[:, None])
-        arrival = tl.where(top[:, None], key, _perturbed(weight, names, seed, step, STREAM_TOKENS))
+        arrival = tl.where(top[:, None], P - slot, _perturbed(weight, names, seed, step, STREAM_TOKENS))
         race = tl.where(key > KEY_NEG_INF, _race_word(arrival, token, slot), -1)
         token, place, raced, won = _finish_race(race, num_draw)
         _store_winners(indices, token, won, base, sample, last, row_stride, num_draw)
@@ -126,9 +126,9 @@ def _draw_tokens(scores, step_of_scores, memory, indices, groups, log_prob, stat
 
 
 @triton.jit
-def _load_weight(memory, mask):
-    """float32 weights that lie in int64 memory, 0 where masked out."""
-    return tl.load(memory, mask=mask, other=0).to(tl.uint32).to(tl.float32, bitcast=True)
+def _entry_weight(entry):
+    """The weight in the high half of an int64, float32."""
+    return (entry >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -139,23 +139,21 @@ def _draw_frames(scores, step_of_scores, memory, indices, log_prob, status, row_
     word = ranked_words(scores, step_of_scores, frames, T)  # [T]
     if begin == 0:
         tl.store(status, status_bits(word_key(word), frames, num_frames))
-    weights = frame_weights(word_key(word), frames, num_samples, STRICT)
-    tl.store(memory + tl.arange(0, T), word)
-    tl.store(memory + T + tl.arange(0, T), weights.to(tl.uint32, bitcast=True).to(tl.int64))
+    bits = frame_weights(word_key(word), frames, num_samples, STRICT).to(tl.uint32, bitcast=True)
+    tl.store(memory + tl.arange(0, T), (bits.to(tl.int64) << 32) | word_index(word))  # by rank
     tl.debug_barrier()
     for first in range(begin, last, S):
         sample = first + tl.arange(0, S)
         top = sample == 0
         slot = tl.arange(0, T)[None, :] + sample[:, None] * 0  # [S, T]
-        member = tl.load(memory + slot)
-        frame, key = word_index(member).to(tl.int32), word_key(member)
-        weight = tl.where(key > KEY_NEG_INF, _load_weight(memory + T + slot, slot < T), 1.0)
+        entry = tl.load(memory + slot)
+        frame, weight = (entry & 0xFFFFFFFF).to(tl.int32), _entry_weight(entry)
         names = (frame, frame * 0 + video, frame * 0 + sample[:, None])
-        arrival = tl.where(top[:, None], key, _perturbed(weight, names, seed, step, STREAM_FRAMES))
-        race = tl.where(key > KEY_NEG_INF, _race_word(arrival, frame, slot), -1)
+        noisy = _perturbed(tl.where(weight > 0, weight, 1.0), names, seed, step, STREAM_FRAMES)
+        race = tl.where(weight > 0, _race_word(tl.where(top[:, None], T - slot, noisy), frame, slot), -1)
         frame, place, raced, won = _finish_race(race, num_frames)
         _store_winners(indices, frame, won, base, sample, last, row_stride, num_frames)
-        inside = _order_log_prob(_load_weight(memory + T + place, raced), won)
+        inside = _order_log_prob(_entry_weight(tl.load(memory + place, mask=raced, other=0)), won)
         at = sample.to(tl.int64) * video_stride
         tl.store(log_prob + at, tl.where(top, 0.0, inside).to(tl.float32), mask=sample < last)
 
@@ -201,7 +199,7 @@ def combinations_kernel(
         base, video = first_frame + n * frames, first_video + n
         _draw_frames(
             frame_scores + base * frame_score_step, frame_score_step,
-            memory + token_programs.to(tl.int64) * P + program.to(tl.int64) * 2 * T,
+            memory + token_programs.to(tl.int64) * P + program.to(tl.int64) * T,
             frame_indices + first_frame_column + n * num_frames, frame_log_prob + video, frame_draw_status + video,
             frame_columns, videos, video, base, frames.to(tl.int32), num_frames, num_frame_samples, begin,
             tl.minimum(begin + frame_chunk, num_frame_samples), seed, step, T, SF, STRICT,
@@ -283,7 +281,7 @@ def sample_combinations(
         frame_chunk = _samples_per_program(num_frame_samples, blocks["SF"], count)
         chunks, frame_chunks = triton.cdiv(num_samples, chunk), triton.cdiv(num_frame_samples, frame_chunk)
         token_programs, frame_programs = rows * chunks, count * frame_chunks
-        size = token_programs * blocks["P"] + frame_programs * 2 * blocks["T"]
+        size = token_programs * blocks["P"] + frame_programs * blocks["T"]
         memory = torch.empty(size, dtype=torch.int64, device=device)
         launch(
             combinations_kernel, (token_programs + frame_programs,), scores, per_frame, memory, *outputs,
