@@ -75,7 +75,7 @@ def small() -> bool:
 @pytest.fixture
 def repeats():
     """`repeats(1000)`: how often to do what a GPU shall do so often."""
-    return lambda full: {"full": full, "cut": min(full, 3), "dry": 1}[SCALE]
+    return lambda full: {"full": full, "cut": min(full, 5), "dry": 1}[SCALE]
 
 
 @pytest.fixture(autouse=True)

@@ -30,10 +30,10 @@ CHUNKS = [(name, i) for name, family in RANDOM.items() for i in range(0, family.
 
 
 @pytest.mark.parametrize(("name", "first"), CHUNKS)
-def test_random_cases(gpu, small, repeats, record_property, name, first):
+def test_random_cases(gpu, repeats, record_property, name, first):
     count = repeats(CHUNK)
     for seed in range(first, first + count):
-        compare(gpu, random_case(name, seed, 2 if small else 16), 0)
+        compare(gpu, random_case(name, seed, {"full": 16, "cut": 8, "dry": 2}[SCALE]), 0)
     record_property("cases", count)
 
 
