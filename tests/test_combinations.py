@@ -103,7 +103,8 @@ def test_caps_are_the_published_recursion(n, spread, room, seed):
 
 def test_a_sample_follows_from_the_space_and_the_noise(backend):
     scores, k, groups, cap = randn(3, 60) * 2, 4, 5, 0.4
-    found = ops._sample_combinations(scores, None, [3, 6, 10], 4, [k], [groups], [cap], 0, [1], True, 17, 8)
+    args = scores, None, [3, 6, 10], 4, [k], [groups], cap * groups, 0, [1], True, 17, 8, None
+    found = ops._sample_combinations(*args)
     indices, drawn, log_prob = found[0].reshape(4, 3, k), found[1], found[2]
     group, probability, weight = reference.combination_space(scores, k, groups, cap)
     assert torch.equal(indices[0] - torch.arange(3)[:, None] * 60, scores.topk(k).indices.sort(1).values)
@@ -133,7 +134,8 @@ def test_official_plan():
         assert found.lengths == (128,)
         assert found.groups[1:].max() <= 24
         space = ops._parse_space(((32, 14, 14),), 0.02, 2.0, 2.0, 0.125, mode == "strict")
-        assert (space.num_draw, space.num_groups, space.group_cap, space.num_frames) == ([4], [25], [0.1], [4])
+        assert (space.num_draw, space.num_groups, space.num_frames) == ([4], [25], [4])
+    assert ops.group_cap(25, 2.0) == 0.1
 
 
 def test_strict_frames_are_capped(backend):
@@ -489,7 +491,7 @@ def test_nothing_is_read_on_the_host(mode):
 
 
 def test_opcheck():
-    args = ([4, 5, 10], 3, [2], [10], [0.2], 2, [1], True, -7, 1)
+    args = ([4, 5, 10], 3, [2], [10], 2.0, 2, [1], True, -7, 1, None)
     torch.library.opcheck(ops._sample_combinations.dispatch, (randn(4, 50), randn(4), *args))
     none = (*args[:5], 0, *args[6:])
     torch.library.opcheck(ops._sample_combinations.dispatch, (randn(200), None, *none))

@@ -538,7 +538,8 @@ def test_nothing_is_read_on_the_host():
 
 def test_opcheck():
     logits, drawn = randn(3, 7), torch.tensor([[[0, 1], [2, 6], [4, -1]]])
-    torch.library.opcheck(ops._gumbel_topk.dispatch, (logits, 3, 2, -5, 1, 0))
+    torch.library.opcheck(ops._gumbel_topk.dispatch, (logits, 3, 2, -5, 1, None, 0))
+    torch.library.opcheck(ops._gumbel_topk.dispatch, (logits, 3, 2, -5, 1, torch.tensor(4), 0))
     torch.library.opcheck(ops._pl_log_prob.dispatch, (logits, drawn))
     torch.library.opcheck(ops._pl_log_prob.dispatch, (logits.clone().requires_grad_(), drawn))
     torch.library.opcheck(ops._pl_log_prob.dispatch, (logits.bfloat16().requires_grad_(), drawn))

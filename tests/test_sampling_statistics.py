@@ -151,7 +151,8 @@ def test_groups_and_tokens_follow_the_published_probabilities(vector):
     tokens, groups, cap = len(logits), int(vector["num_groups"]), float(vector["max_group_prob"])
     k = 1 if tokens // groups > 32 else min(tokens // groups // 2, 4)  # pairs of many tokens take long to integrate
     grid, count = [1, 1, tokens], DRAWS // 2
-    indices, drawn, *_ = _sample_combinations(logits, None, grid, count + 1, [k], [groups], [cap], 0, [1], True, 11, 0)
+    args = logits, None, grid, count + 1, [k], [groups], cap * groups, 0, [1], True, 11, 0, None
+    indices, drawn, *_ = _sample_combinations(*args)
     picked, drawn = indices[1:].numpy(), drawn[1:, 0].numpy()
     counts = np.bincount(drawn, minlength=groups)
     expected = group_prob / group_prob.sum() * count
@@ -172,7 +173,7 @@ def test_frames_follow_their_weights(strict):
     scores = logits_of(24, 1.5)
     weights = frame_weights(scores, 8, strict).double().numpy()
     draws = [
-        _sample_combinations(torch.zeros(24), scores, [24, 1, 1], 1, [1], [1], [1.0], 8, [3], strict, 12, step)[3][1:]
+        _sample_combinations(torch.zeros(24), scores, [24, 1, 1], 1, [1], [1], 1.0, 8, [3], strict, 12, step, None)[3][1:]
         for step in range(4000)
     ]
     assert inclusion_p_value(torch.cat(draws).numpy(), pair_inclusion(weights, 3)) > LEAST_P
@@ -181,7 +182,7 @@ def test_frames_follow_their_weights(strict):
 def test_frames_of_a_video_are_drawn_independently():
     logits = logits_of(64)
     scores = logits.expand(4000, -1).reshape(-1)
-    _, groups, *_ = _sample_combinations(scores, None, [4000, 8, 8], 26, [4], [8], [0.25], 0, [1], True, 13, 0)
+    _, groups, *_ = _sample_combinations(scores, None, [4000, 8, 8], 26, [4], [8], 2.0, 0, [1], True, 13, 0, None)
     drawn = groups[1:].numpy()  # [25, 4000]
     for first, second in ((drawn[:, 0::2], drawn[:, 1::2]), (drawn[0:24:2], drawn[1:24:2])):
         table = np.zeros((8, 8))

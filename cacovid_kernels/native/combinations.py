@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels.native import CPU, engine, num_threads
+from cacovid_kernels.native.sample import step_of
+from cacovid_kernels.reference.combinations import group_cap
 
 
 def sample_combinations(
@@ -17,12 +19,13 @@ def sample_combinations(
     num_samples: int,
     num_draw: list[int],
     num_groups: list[int],
-    group_cap: list[float],
+    max_group_prob: float,
     num_frame_samples: int,
     num_frames: list[int],
     strict: bool,
     seed: int,
     step: int,
+    added_steps: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     counts = grid_thw[::3]
     frames = sum(counts)
@@ -34,9 +37,10 @@ def sample_combinations(
     frame_log_prob = torch.empty(num_frame_samples, len(num_draw), dtype=torch.float32, device=CPU)
     frame_status = torch.empty(frames, dtype=torch.int32, device=CPU)
     frame_draw_status = torch.empty(len(num_draw) if num_frame_samples else 0, dtype=torch.int32, device=CPU)
+    caps = [group_cap(groups, max_group_prob) for groups in num_groups]
     engine().sample_combinations(
-        token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, group_cap, num_frame_samples,
-        num_frames, strict, seed, step, num_threads(), indices, groups, log_prob, frame_indices,
+        token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, caps, num_frame_samples,
+        num_frames, strict, seed, step_of(step, added_steps), num_threads(), indices, groups, log_prob, frame_indices,
         frame_log_prob, frame_status, frame_draw_status,
     )  # fmt: skip
     return indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status

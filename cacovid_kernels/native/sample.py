@@ -8,13 +8,19 @@ from torch import Tensor
 from cacovid_kernels.native import CPU, engine, num_threads
 
 
+def step_of(step: int, added_steps: Tensor | None) -> int:
+    """The step that counts, in [0, 2^32)."""
+    return step if added_steps is None else (step + int(added_steps)) % 2**32
+
+
 def gumbel_topk(
-    logits: Tensor, k: int, num_samples: int, seed: int, step: int, stream: int
+    logits: Tensor, k: int, num_samples: int, seed: int, step: int, added_steps: Tensor | None, stream: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     indices = torch.empty(num_samples, rows, k, dtype=torch.int64, device=CPU)
     log_prob = torch.empty(num_samples, rows, dtype=torch.float32, device=CPU)
     status = torch.empty(rows, dtype=torch.int32, device=CPU)
+    step = step_of(step, added_steps)
     engine().gumbel_topk(logits, k, num_samples, seed, step, stream, num_threads(), indices, log_prob, status)
     return indices, log_prob, status
 

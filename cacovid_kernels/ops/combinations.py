@@ -21,6 +21,7 @@ from cacovid_kernels.ops._checks import (
     parse_grid,
 )
 from cacovid_kernels.ops._draws import check_key, check_samples
+from cacovid_kernels.reference.combinations import group_cap
 from cacovid_kernels.selection import raise_if_flagged
 
 _OP = "sample_combinations"
@@ -43,8 +44,9 @@ def _fake(token_scores, frame_scores, grid_thw, num_samples, num_draw, groups, c
 _sample_combinations = Op(
     "combinations",
     "sample_combinations(Tensor token_scores, Tensor? frame_scores, SymInt[] grid_thw, SymInt num_samples, "
-    "SymInt[] num_draw, SymInt[] num_groups, float[] group_cap, SymInt num_frame_samples, SymInt[] num_frames, "
-    "bool strict, SymInt seed, SymInt step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[] num_draw, SymInt[] num_groups, float max_group_prob, SymInt num_frame_samples, SymInt[] num_frames, "
+    "bool strict, SymInt seed, SymInt step, Tensor? added_steps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 
@@ -58,7 +60,6 @@ class _Space(NamedTuple):
     per_frame: int  # tokens of every frame; 0 if videos differ
     num_draw: list[int]  # tokens from every frame
     num_groups: list[int]
-    group_cap: list[float]  # most probability of a group
     num_frames: list[int]  # frames of a frame combination
     lengths: tuple[int, ...]
     frame_lengths: tuple[int, ...]
@@ -66,8 +67,8 @@ class _Space(NamedTuple):
 
 def _video_space(
     h: int, w: int, keep_ratio: float, group_size: float, max_group_prob: float, strict: bool
-) -> tuple[int, int, float]:
-    """Tokens to draw per frame, groups and cap. The order of products is the published one."""
+) -> tuple[int, int]:
+    """Tokens to draw per frame, and groups. The order of products is the published one."""
     tokens = h * w
     draw = round(keep_ratio * h * w)
     groups = max(int(1 / keep_ratio / group_size), 1)
@@ -84,13 +85,13 @@ def _video_space(
             f"{_OP}: group_size={group_size} leaves groups of {tokens // groups} tokens (frames of {h} x {w}), fewer "
             f'than the {draw} to draw. Raise it, or pass mode="strict", which makes fewer groups.'
         )
-    cap = max(min(max_group_prob / groups, 0.9), 0.1) if groups > 1 else 1.0
+    cap = group_cap(groups, max_group_prob)
     if groups > 1 and cap * groups <= 1.0:
         raise ValueError(
             f"{_OP}: max_group_prob={max_group_prob} caps {groups} groups at {cap:g} each, which is no more than 1 "
             f"in all. Raise it above 1."
         )
-    return draw, groups, cap
+    return draw, groups
 
 
 def _parse_space(
@@ -107,17 +108,16 @@ def _parse_space(
             raise ValueError(f"{_OP}: {name}={value} must be {rule}.")
     found = [_video_space(h, w, keep_ratio, group_size, max_group_prob, strict) for _, h, w in grid]
     num_frames = [max(math.ceil(t * frame_ratio), 1) for t, _, _ in grid]
-    per_frame = {h * w for _, h, w in grid}
+    first = grid[0][1] * grid[0][2] if grid else 0
     return _Space(
         grid=[n for video in grid for n in video],
         tokens=sum(t * h * w for t, h, w in grid),
         frames=sum(t for t, _, _ in grid),
-        per_frame=per_frame.pop() if len(per_frame) == 1 else 0,
-        num_draw=[draw for draw, _, _ in found],
-        num_groups=[groups for _, groups, _ in found],
-        group_cap=[cap for _, _, cap in found],
+        per_frame=first if all(h * w == first for _, h, w in grid) else 0,
+        num_draw=[draw for draw, _ in found],
+        num_groups=[groups for _, groups in found],
         num_frames=num_frames,
-        lengths=tuple(t * draw for (t, _, _), (draw, _, _) in zip(grid, found, strict=True)),
+        lengths=tuple(t * draw for (t, _, _), (draw, _) in zip(grid, found, strict=True)),
         frame_lengths=tuple(num_frames),
     )
 
@@ -137,7 +137,7 @@ def sample_combinations(
     num_frame_samples: int = 0,
     frame_ratio: float = 0.125,
     seed: int,
-    step: int = 0,
+    step: int | Tensor = 0,
     mode: str = "strict",
     check: str = "flag",
 ) -> Combinations:
@@ -162,8 +162,9 @@ def sample_combinations(
         num_frame_samples: frame combinations Gf, the top-k included; 0 for none.
         frame_ratio: share of the frames that a frame combination holds, in (0, 1].
         seed: 64 bits, any integer in [-2^63, 2^64).
-        step: number of the training step, in [0, 2^32). The noise of a token depends on seed, step, sample, video
-            and its place in the video alone.
+        step: number of the training step, in [0, 2^32); or one int64 on the device of the scores, which is read
+            there (modulo 2^32): a captured CUDA graph draws afresh when it has changed. The noise of a token depends
+            on seed, step, sample, video and its place in the video alone.
         mode: "strict" draws at least one token per frame, makes fewer groups where they would hold fewer tokens
             than are drawn, and caps a frame's probability at 3 / frames. "official" reproduces the published
             distribution: it refuses such groups, from which the published code draws tokens of probability zero,
@@ -193,7 +194,7 @@ def sample_combinations(
     check_choice(_OP, "check", check, ("flag", "raise"))
     num_samples = check_samples(_OP, "num_samples", num_samples, 1)
     num_frame_samples = check_samples(_OP, "num_frame_samples", num_frame_samples, 0)
-    seed, step, _ = check_key(_OP, seed, step)
+    seed, step, added_steps, _ = check_key(_OP, seed, step, token_scores.device)
     grid = parse_grid(_OP, grid_thw, token_scores)
     strict = mode == "strict"
     parse = _parse_space if torch.compiler.is_compiling() else _cached_space
@@ -214,8 +215,8 @@ def sample_combinations(
     if token_scores.dim() > 1 and token_scores.shape[-1] != space.per_frame:
         token_scores = token_scores.reshape(-1)  # dense, but not in rows of one frame
     indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status = _sample_combinations(
-        token_scores, frame_scores, space.grid, num_samples, space.num_draw, space.num_groups, space.group_cap,
-        num_frame_samples, space.num_frames, strict, seed, step,
+        token_scores, frame_scores, space.grid, num_samples, space.num_draw, space.num_groups, ratios[2],
+        num_frame_samples, space.num_frames, strict, seed, step, added_steps,
     )  # fmt: skip
     found = Combinations(
         indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status,

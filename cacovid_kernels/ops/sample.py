@@ -47,8 +47,8 @@ def _fake_log_prob(logits, indices):
 
 _gumbel_topk = Op(
     "sample",
-    "gumbel_topk(Tensor logits, SymInt k, SymInt num_samples, SymInt seed, SymInt step, SymInt stream) "
-    "-> (Tensor, Tensor, Tensor)",
+    "gumbel_topk(Tensor logits, SymInt k, SymInt num_samples, SymInt seed, SymInt step, Tensor? added_steps, "
+    "SymInt stream) -> (Tensor, Tensor, Tensor)",
     _fake_topk,
 )
 _pl_log_prob = Op("sample", "pl_log_prob(Tensor logits, Tensor indices) -> Tensor", _fake_log_prob)
@@ -93,7 +93,7 @@ def gumbel_topk(
     *,
     num_samples: int | None = None,
     seed: int,
-    step: int = 0,
+    step: int | Tensor = 0,
     stream: int = 0,
     check: str = "flag",
 ) -> GumbelSample:
@@ -110,7 +110,8 @@ def gumbel_topk(
         k: items per draw, in [0, N].
         num_samples: independent draws per row, at most 2^24; None for one draw without that dimension.
         seed: 64 bits, any integer in [-2^63, 2^64); -1 and 2^64 - 1 are the same seed.
-        step: number of the training step, in [0, 2^32).
+        step: number of the training step, in [0, 2^32); or one int64 on the device of the logits, which is read
+            there (modulo 2^32): a captured CUDA graph draws afresh when it has changed.
         stream: separates the uses of one seed, in [0, 240).
         check: "flag" records odd values in `GumbelSample.status`; "raise" makes NaN, +inf and rows with fewer
             than k candidates an error, at the price of a synchronisation on a GPU.
@@ -140,10 +141,10 @@ def gumbel_topk(
     if not 0 <= k <= logits.shape[-1]:
         raise ValueError(f"{op}: k={k} must be in [0, N={logits.shape[-1]}] (logits: {describe(logits)}). Lower k.")
     samples = 1 if num_samples is None else check_samples(op, "num_samples", num_samples, 0)
-    seed, step, stream = check_key(op, seed, step, stream)
+    seed, step, added_steps, stream = check_key(op, seed, step, logits.device, stream)
     lead = logits.shape[:-1]
     rows = logits if logits.dim() == 2 else logits.reshape(lead.numel(), logits.shape[-1])
-    indices, log_prob, status = _gumbel_topk(rows.detach(), k, samples, seed, step, stream)
+    indices, log_prob, status = _gumbel_topk(rows.detach(), k, samples, seed, step, added_steps, stream)
     if logits.requires_grad and torch.is_grad_enabled():
         log_prob = _pl_log_prob(rows, indices)
     if check == "raise":

@@ -16,6 +16,7 @@ from cacovid_kernels.reference.random import (
     gumbel_noise,
     ln_float,
     random_bits,
+    step_of,
 )
 from cacovid_kernels.reference.sample import SHORT, draw, pl_log_prob, row_status
 
@@ -34,6 +35,11 @@ def group_starts(tokens: int, groups: int, device: torch.device | None = None) -
     """`[groups + 1]` ranks at which the groups start; the first `tokens % groups` hold one token more."""
     g = torch.arange(groups + 1, device=device)
     return g * (tokens // groups) + g.clamp(max=tokens % groups)
+
+
+def group_cap(num_groups: int, max_group_prob: float) -> float:
+    """The most probability that a group may have."""
+    return max(min(max_group_prob / num_groups, 0.9), 0.1) if num_groups > 1 else 1.0
 
 
 def cap_shares(share: Tensor, count: Tensor, cap: float) -> Tensor:
@@ -64,9 +70,7 @@ def cap_shares(share: Tensor, count: Tensor, cap: float) -> Tensor:
     return result
 
 
-def combination_space(
-    scores: Tensor, num_draw: int, num_groups: int, group_cap: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def combination_space(scores: Tensor, num_draw: int, num_groups: int, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     """The distribution that a frame's combinations are drawn from.
 
     Args:
@@ -88,7 +92,7 @@ def combination_space(
     share = from_fixed(inside) * (1.0 / total)  # [T, G]
     chance = scores > -math.inf
     whole = starts[:-1] + num_draw <= chance.sum(1, keepdim=True)  # [T, G]: num_draw of its tokens have a chance
-    probability = cap_shares(share, whole.sum(1).clamp(min=1), group_cap)
+    probability = cap_shares(share, whole.sum(1).clamp(min=1), cap)
     scaled = e * (1.0 / (total * (share + 1e-8))).float().gather(1, group)
     uniform = e.new_full((), 1.0 / (tokens // num_groups))  # a fill: copies from the host wait for a device
     weight = torch.minimum(torch.maximum(scaled, 0.5 * uniform), 2.0 * uniform)
@@ -101,12 +105,19 @@ def _log_weight(weight: Tensor) -> Tensor:
 
 
 def _token_combinations(
-    scores: Tensor, video: int, num_samples: int, num_draw: int, num_groups: int, group_cap: float, seed: int, step: int
+    scores: Tensor,
+    video: int,
+    num_samples: int,
+    num_draw: int,
+    num_groups: int,
+    cap: float,
+    seed: int,
+    step: int | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One video `[T, P]` -> token in its frame `[S, T, k]` ascending, group, log_prob `[S, T]`, status `[T]`."""
     frames, tokens = scores.shape
     device = scores.device
-    group, probability, weight = combination_space(scores, num_draw, num_groups, group_cap)
+    group, probability, weight = combination_space(scores, num_draw, num_groups, cap)
     frame, token = torch.arange(frames, device=device), torch.arange(tokens, device=device)
     row = torch.full_like(frame, video)
     column = frame[:, None] * tokens + token  # [T, P]: who each token is to the generator
@@ -153,7 +164,7 @@ def frame_weights(scores: Tensor, num_samples: int, strict: bool) -> Tensor:
 
 
 def _frame_combinations(
-    scores: Tensor, video: int, num_samples: int, num_frames: int, strict: bool, seed: int, step: int
+    scores: Tensor, video: int, num_samples: int, num_frames: int, strict: bool, seed: int, step: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Frame scores `[T]` -> frames `[S, KF]` ascending, log_prob `[S]`, status."""
     frames = scores.numel()
@@ -180,12 +191,13 @@ def sample_combinations(
     num_samples: int,
     num_draw: list[int],
     num_groups: list[int],
-    group_cap: list[float],
+    max_group_prob: float,
     num_frame_samples: int,
     num_frames: list[int],
     strict: bool,
     seed: int,
     step: int,
+    added_steps: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Indices `[S, K]`, groups `[S, F]`, log_prob `[S, F]`, frame_indices `[SF, KF]`, frame_log_prob `[SF, B]`,
     status of the frames `[F]` and of their draws `[B]`. Sample 0 holds the best tokens and the best frames."""
@@ -194,12 +206,14 @@ def sample_combinations(
     frame_indices = [token_scores.new_empty(num_frame_samples, 0, dtype=torch.int64)]
     frame_log_prob = [token_scores.new_empty(num_frame_samples, 0, dtype=torch.float32)]
     status, frame_draw_status = ([token_scores.new_empty(0, dtype=torch.int32)] for _ in range(2))
+    now = step_of(step, added_steps)
     tokens = frames = 0
     for v in range(len(num_draw)):
         t, p = grid_thw[3 * v], grid_thw[3 * v + 1] * grid_thw[3 * v + 2]
         scores = token_scores.reshape(-1)[tokens : tokens + t * p].reshape(t, p)
+        cap = group_cap(num_groups[v], max_group_prob)
         picked, group, probability, flags = _token_combinations(
-            scores, v, num_samples, num_draw[v], num_groups[v], group_cap[v], seed, step
+            scores, v, num_samples, num_draw[v], num_groups[v], cap, seed, now
         )
         start = tokens + torch.arange(t, device=scores.device)[:, None] * p
         indices.append(torch.where(picked < 0, -1, picked + start).reshape(num_samples, -1))
@@ -208,7 +222,7 @@ def sample_combinations(
         if num_frame_samples > 0 and frame_scores is not None:
             per_frame = frame_scores.reshape(-1)[frames : frames + t]
             chosen, probability, frame_flags = _frame_combinations(
-                per_frame, v, num_frame_samples, num_frames[v], strict, seed, step
+                per_frame, v, num_frame_samples, num_frames[v], strict, seed, now
             )
             frame_indices.append(torch.where(chosen < 0, -1, chosen + frames))
             frame_log_prob.append(probability[:, None])

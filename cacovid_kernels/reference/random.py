@@ -36,10 +36,15 @@ def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def random_bits(column: Tensor, row: Tensor, sample: Tensor, seed: int, step: int, stream: int) -> Tensor:
+def step_of(step: int, added_steps: Tensor | None) -> int | Tensor:
+    """The step that counts, in [0, 2^32); a tensor stays on its device."""
+    return step if added_steps is None else (step + added_steps) & _WORD
+
+
+def random_bits(column: Tensor, row: Tensor, sample: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
     """32 random bits, int64 in [0, 2^32), of every element of the broadcast shape of its three names."""
     column, row, sample = torch.broadcast_tensors(column.long(), row.long(), sample.long())
-    return philox([column, row, torch.full_like(column, step), sample | stream << 24], seed)[0]
+    return philox([column, row, torch.zeros_like(column) + step, sample | stream << 24], seed)[0]
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:

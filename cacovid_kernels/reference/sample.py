@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels.reference.exact import order_key
-from cacovid_kernels.reference.random import gumbel_noise, random_bits
+from cacovid_kernels.reference.random import gumbel_noise, random_bits, step_of
 
 NAN, POSINF, SHORT = 1, 2, 4
 
@@ -31,7 +31,7 @@ def draw(scores: Tensor, noise: Tensor, k: int) -> Tensor:
 
 
 def gumbel_topk(
-    logits: Tensor, k: int, num_samples: int, seed: int, step: int, stream: int
+    logits: Tensor, k: int, num_samples: int, seed: int, step: int, added_steps: Tensor | None, stream: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices `[S, R, k]` int64 in draw order, their log-probability `[S, R]` float32, status `[R]` int32."""
     rows, columns = logits.shape
@@ -39,7 +39,7 @@ def gumbel_topk(
     column = torch.arange(columns, device=logits.device)
     drawn = [logits.new_empty(0, rows, k, dtype=torch.int64)]
     for s in range(num_samples):
-        bits = random_bits(column, row, torch.full_like(row, s), seed, step, stream)  # [R, N]
+        bits = random_bits(column, row, torch.full_like(row, s), seed, step_of(step, added_steps), stream)  # [R, N]
         drawn.append(draw(logits.float(), gumbel_noise(bits), k)[None])
     indices = torch.cat(drawn)  # [S, R, k]
     valid = (logits > -math.inf).sum(-1)  # [R]

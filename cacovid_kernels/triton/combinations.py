@@ -26,7 +26,7 @@ from cacovid_kernels.triton.combination_space import (
 )
 from cacovid_kernels.triton.exact import double_of, order_key, word_index, word_key
 from cacovid_kernels.triton.launch import block, double_bits, launch
-from cacovid_kernels.triton.noise import gumbel_noise, ln_float, random_bits
+from cacovid_kernels.triton.noise import gumbel_noise, ln_float, random_bits, step_of
 
 MOST = 4096  # positions take 12 bits of a race word
 PROGRAMS = 1024  # enough for every GPU: more of them would only repeat the ranking
@@ -168,7 +168,7 @@ _INTEGERS = [
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def combinations_kernel(
-    scores, frame_scores, memory,
+    scores, frame_scores, added_steps, memory,
     indices, groups, log_prob, frame_indices, frame_log_prob, frame_status, frame_draw_status,
     row_step: tl.int64, score_step: tl.int64, frame_score_step: tl.int64, seed: tl.int64, step: tl.int64,
     first_video: tl.int64, first_frame: tl.int64, first_token: tl.int64, first_column: tl.int64,
@@ -183,6 +183,7 @@ def combinations_kernel(
     """The videos of one run: `first_*` count what lies before them, `columns`, `frame_columns`, `all_frames` and
     `videos` the columns of the outputs."""
     program = tl.program_id(0)
+    step = step_of(step, added_steps)
     if program < token_programs:
         n, begin = (program // chunks).to(tl.int64), program % chunks * chunk  # n: number of the frame in the run
         row = first_frame + n
@@ -237,21 +238,23 @@ def sample_combinations(
     num_samples: int,
     num_draw: list[int],
     num_groups: list[int],
-    group_cap: list[float],
+    max_group_prob: float,
     num_frame_samples: int,
     num_frames: list[int],
     strict: bool,
     seed: int,
     step: int,
+    added_steps: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, h, w = grid_thw[::3], grid_thw[1::3], grid_thw[2::3]
     tokens = [a * b for a, b in zip(h, w, strict=True)]
     if max(tokens, default=0) > MOST or (num_frame_samples > 0 and max(t, default=0) > MOST):
         return reference.sample_combinations(
-            token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, group_cap, num_frame_samples,
-            num_frames, strict, seed, step,
+            token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, max_group_prob,
+            num_frame_samples, num_frames, strict, seed, step, added_steps,
         )  # fmt: skip
-    plans = [_Plan(*plan) for plan in zip(t, tokens, num_draw, num_groups, group_cap, num_frames, strict=True)]
+    caps = [reference.group_cap(groups, max_group_prob) for groups in num_groups]
+    plans = [_Plan(*plan) for plan in zip(t, tokens, num_draw, num_groups, caps, num_frames, strict=True)]
     device, videos, frames = token_scores.device, len(plans), sum(t)
     columns, frame_columns = sum(p.frames * p.num_draw for p in plans), sum(num_frames)
     outputs = (
@@ -284,7 +287,7 @@ def sample_combinations(
         size = token_programs * blocks["P"] + frame_programs * blocks["T"]
         memory = torch.empty(size, dtype=torch.int64, device=device)
         launch(
-            combinations_kernel, (token_programs + frame_programs,), scores, per_frame, memory, *outputs,
+            combinations_kernel, (token_programs + frame_programs,), scores, per_frame, added_steps, memory, *outputs,
             scores.stride(0), scores.stride(1), 0 if per_frame is None else per_frame.stride(0), seed, step,
             video, frame, token, column, frame_column, p.frames, p.tokens, p.num_draw, p.tokens // p.num_groups,
             p.tokens % p.num_groups, p.num_groups, double_bits(p.group_cap), num_samples, chunk, chunks, token_programs,

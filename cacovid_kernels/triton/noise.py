@@ -5,6 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
+def step_of(step, added_steps):
+    """The step that counts, int64 of which 32 bits do; `added_steps` points to one int64 or is None."""
+    if added_steps is not None:
+        step += tl.load(added_steps)
+    return step
+
+
+@triton.jit
 def random_bits(column, row, sample, seed, step, stream):
     """uint32, 32 random bits of every element; column, row and sample have one shape, the others are scalars."""
     zero = tl.zeros_like(column).to(tl.uint32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cacovid_kernels.triton.exact import order_key, rank_word, word_index, word_key
 from cacovid_kernels.triton.launch import block, launch
-from cacovid_kernels.triton.noise import gumbel_noise, random_bits
+from cacovid_kernels.triton.noise import gumbel_noise, random_bits, step_of
 from cacovid_kernels.triton.radix import CHUNK, counts_before, row_thresholds
 
 NAN = tl.constexpr(1)
@@ -59,7 +59,7 @@ def kept_positions(above, equal, ties, above_before, equal_before):
 
 @triton.jit(do_not_specialize=["first", "n", "chunks", "rows", "row_stride", "seed", "step", "stream"])
 def _keys_kernel(
-    scores, keys, flags, first: tl.int64, n: tl.int64, chunks: tl.int64, rows: tl.int64, row_stride: tl.int64,
+    scores, added_steps, keys, flags, first: tl.int64, n: tl.int64, chunks: tl.int64, rows: tl.int64, row_stride: tl.int64,
     stride: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, NOISE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0).to(tl.int64) // chunks
@@ -70,7 +70,8 @@ def _keys_kernel(
     chance = (x > float("-inf")) & (i < n)
     if NOISE:
         zero = tl.zeros((CHUNK,), tl.int64)
-        noise = gumbel_noise(random_bits(i, zero + row, zero + sample, seed, step, stream))
+        bits = random_bits(i, zero + row, zero + sample, seed, step_of(step, added_steps), stream)
+        noise = gumbel_noise(bits)
         key = tl.where(chance, order_key(x + noise), 0)
     else:
         key = order_key(x)
@@ -106,7 +107,16 @@ def _decode_kernel(words, out, first: tl.int64, n: tl.int64, blocks: tl.int64, k
 
 
 def row_keys(
-    scores: Tensor, first: int, items: int, flags: Tensor, seed: int = 0, step: int = 0, stream: int = 0, *, noise: bool
+    scores: Tensor,
+    first: int,
+    items: int,
+    flags: Tensor,
+    seed: int = 0,
+    step: int = 0,
+    stream: int = 0,
+    added_steps: Tensor | None = None,
+    *,
+    noise: bool,
 ) -> Tensor:
     """Order keys `[items, N]` of rows `[R, N]`, with Gumbel noise or without: int32, the bits of uint32.
 
@@ -117,7 +127,7 @@ def row_keys(
     chunks = triton.cdiv(n, CHUNK)
     keys = torch.empty(items, n, dtype=torch.int32, device=scores.device)
     launch(
-        _keys_kernel, (items * chunks,), scores, keys, flags, first, n, chunks, rows, scores.stride(0),
+        _keys_kernel, (items * chunks,), scores, added_steps, keys, flags, first, n, chunks, rows, scores.stride(0),
         scores.stride(1), seed, step, stream, num_warps=16, NOISE=noise, CHUNK=CHUNK,
     )  # fmt: skip
     return keys

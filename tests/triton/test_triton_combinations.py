@@ -266,9 +266,9 @@ class NoHostReads(TorchDispatchMode):
 
 def call(tokens, frames, grid, samples, frame_samples):
     videos = len(grid) // 3
-    per_video = ([2] * videos, [3] * videos, [0.5] * videos, frame_samples, [1] * videos)
+    per_video = ([2] * videos, [3] * videos, 1.5, frame_samples, [1] * videos)
     with NoHostReads():
-        return combinations.sample_combinations(tokens, frames, grid, samples, *per_video, True, 0, 0)
+        return combinations.sample_combinations(tokens, frames, grid, samples, *per_video, True, 0, 0, None)
 
 
 def test_one_launch_and_no_host_read(launches):

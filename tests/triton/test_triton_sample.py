@@ -30,8 +30,8 @@ def with_odd(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
 def check(logits: torch.Tensor, k: int, samples: int, seed: int = 5, step: int = 0, stream: int = 0) -> None:
     """Compares draws, status and log-probabilities with the engine's."""
-    found = sample.gumbel_topk(logits, k, samples, seed, step, stream)
-    expected = engine.gumbel_topk(logits, k, samples, seed, step, stream)
+    found = sample.gumbel_topk(logits, k, samples, seed, step, None, stream)
+    expected = engine.gumbel_topk(logits, k, samples, seed, step, None, stream)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[2], expected[2])
     assert found[1].dtype == torch.float32
@@ -90,8 +90,8 @@ def test_ties_go_to_the_lower_index():
     logits = torch.full((2, 30), 1e30)  # the noise is rounded away
     logits[1, 5] = 2e30
     assert ck.gumbel_topk(logits, 4, seed=0).indices.tolist() == [[0, 1, 2, 3], [5, 0, 1, 2]]
-    draws, log_prob, _ = sample.gumbel_topk(logits[:, :16], 16, 1, 5, 0, 0)
-    assert torch.equal(draws, engine.gumbel_topk(logits[:, :16], 16, 1, 5, 0, 0)[0])
+    draws, log_prob, _ = sample.gumbel_topk(logits[:, :16], 16, 1, 5, 0, None, 0)
+    assert torch.equal(draws, engine.gumbel_topk(logits[:, :16], 16, 1, 5, 0, None, 0)[0])
     # Of weights so large, too, the factor of equal ones counts.
     torch.testing.assert_close(log_prob[0], torch.tensor([-math.lgamma(17), -math.lgamma(16)]))
     check(randn(2, 16) * 1e30, 12, 1)
@@ -248,7 +248,7 @@ def launches(monkeypatch):
 def test_launches_and_no_host_reads(launches):
     logits, drawn, grad = randn(1, 9), torch.zeros(2, 1, 2, dtype=torch.int64), torch.ones(2, 1)
     with NoHostReads():
-        sample.gumbel_topk(logits, 2, 2, 1, 2, 3)
+        sample.gumbel_topk(logits, 2, 2, 1, 2, None, 3)
         assert launches == ["_race_kernel"]
         launches.clear()
         sample.pl_log_prob(logits, drawn)
@@ -258,6 +258,6 @@ def test_launches_and_no_host_reads(launches):
         sample.pl_log_prob_double_backward(logits, grad, logits, drawn)
         assert launches == ["_stage_kernel", "_undrawn_kernel", "_draws_kernel", "_gradient_kernel"] * 2
         launches.clear()
-        sample.gumbel_topk(randn(1, 4097), 2, 1, 1, 2, 3)
+        sample.gumbel_topk(randn(1, 4097), 2, 1, 1, 2, None, 3)
     assert launches[:3] == ["_keys_kernel", "_histogram_kernel", "_histogram_kernel"]
     assert len(launches) == 10
