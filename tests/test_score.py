@@ -287,6 +287,18 @@ def test_errors_name_the_argument_and_the_rule():
 def test_op_is_registered_correctly():
     x = torch.randn(12, 20)
     torch.library.opcheck(torch.ops.cacovid.frame_pool.default, (x, [2, 2, 3], 1e-6))
+    head = make_heads(20)[0].requires_grad_(False).folded()
+    for rrms in (None, torch.rand(12)):
+        args = (x, rrms, list(head.weights), list(head.biases), head.vector, head.offset)
+        torch.library.opcheck(torch.ops.cacovid.head_scores.default, args)
+
+
+def test_folded_head_refuses_gradients():
+    head = make_heads(16)[0].folded()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        head(torch.randn(3, 16))
+    with torch.no_grad():
+        assert head(torch.randn(3, 16)).shape == (3,)
 
 
 def test_score_tokens_compiles_without_a_graph_break():
@@ -308,3 +320,4 @@ def test_both_backends_offer_the_family():
     for package in _backend.PACKAGES.values():
         module = __import__(f"{package}.score", fromlist=["frame_pool"])
         assert callable(module.frame_pool)
+        assert callable(module.head_scores)
