@@ -88,14 +88,21 @@ def _topk(rows: int, length: int, order: str) -> Problem:
     return Problem("select", lambda seed: {"scores": normal(seed, rows, length)}, run)
 
 
-def gumbel(small: bool, step: int = 3) -> Problem:
+def step_of(seed: int) -> Tensor:
+    """The number of a step, as a tensor: a graph draws afresh when it changes."""
+    return torch.tensor(977 * seed)
+
+
+def gumbel(small: bool) -> Problem:
     rows, n, k, samples = (1, 10, 3, 2) if small else (32, 196, 20, 4)
 
     def run(x: Tensors) -> Tensors:
-        drawn = ck.gumbel_topk(x["logits"], k, num_samples=samples, seed=-5, step=step)
+        drawn = ck.gumbel_topk(x["logits"], k, num_samples=samples, seed=-5, step=x["step"])
         return fields(drawn, "indices", "log_prob", "status")
 
-    return Problem("sample", lambda seed: {"logits": normal(seed, rows, n)}, run, frozenset({"log_prob"}))
+    return Problem(
+        "sample", lambda seed: {"logits": normal(seed, rows, n), "step": step_of(seed)}, run, frozenset({"log_prob"})
+    )
 
 
 def _log_prob(small: bool) -> Problem:
@@ -116,18 +123,18 @@ def _log_prob(small: bool) -> Problem:
     return Problem("sample", make, run, frozenset({"value", "gradient"}))
 
 
-def combinations(small: bool, step: int = 9) -> Problem:
+def combinations(small: bool) -> Problem:
     t, h, w, samples, per_frame = (2, 3, 3, 3, 2) if small else (32, 14, 14, 23, 8)
     ratio = 0.25 if small else 0.02
     names = ("indices", "groups", "frame_indices", "frame_status", "log_prob", "frame_log_prob")
 
     def make(seed: int) -> Tensors:
-        return {"tokens": normal(seed, t * h * w), "frames": normal(seed + 1, t)}
+        return {"tokens": normal(seed, t * h * w), "frames": normal(seed + 1, t), "step": step_of(seed)}
 
     def run(x: Tensors) -> Tensors:
         drawn = ck.sample_combinations(
             x["tokens"], x["frames"], [(t, h, w)], num_samples=samples, num_frame_samples=per_frame, keep_ratio=ratio,
-            seed=2**63 + 1, step=step, mode="strict",
+            seed=2**63 + 1, step=x["step"], mode="strict",
         )  # fmt: skip
         return fields(drawn, *names)
 

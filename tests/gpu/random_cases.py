@@ -54,6 +54,15 @@ def laid_out(dice: Dice, name: str, x: Tensor, inputs: Tensors) -> Callable[[Ten
     return lambda tensors: tensors[name][start::step][: x.numel()]
 
 
+def step_of(dice: Dice, inputs: Tensors) -> Callable[[Tensors], int | Tensor]:
+    """A step known to the host, or a tensor, which may pass 2^32."""
+    if dice.structure.random() < 0.5:
+        step = dice.values.randrange(2**32)
+        return lambda tensors: step
+    inputs["step"] = torch.tensor(dice.values.randrange(2**33))
+    return lambda tensors: tensors["step"]
+
+
 def select(dice: Dice, most: int) -> Problem:
     rng = dice.structure
     grid = [(rng.randint(1, most), rng.randint(1, most), rng.randint(1, most)) for _ in range(rng.randint(1, 4))]
@@ -104,11 +113,12 @@ def sample(dice: Dice, most: int) -> Problem:
     inputs: Tensors = {}
     values = laid_out(dice, "logits", scores(dice, rows * n), inputs)
     draw = dice.values
-    key = {"seed": draw.randrange(-(2**63), 2**64), "step": draw.randrange(2**32), "stream": draw.randrange(240)}
+    key = {"seed": draw.randrange(-(2**63), 2**64), "stream": draw.randrange(240)}
+    step = step_of(dice, inputs)
     k, samples = rng.randint(0, min(n, 40)), rng.randint(1, 4)
 
     def run(x: Tensors) -> Tensors:
-        drawn = ck.gumbel_topk(values(x).unflatten(0, (rows, n)), k, num_samples=samples, **key)
+        drawn = ck.gumbel_topk(values(x).unflatten(0, (rows, n)), k, num_samples=samples, step=step(x), **key)
         return fields(drawn, "indices", "log_prob", "status")
 
     return Problem("sample", lambda seed: inputs, run, frozenset({"log_prob"}))
@@ -131,12 +141,12 @@ def combinations(dice: Dice, most: int) -> Problem:
         "frame_ratio": dice.values.uniform(0.05, 1.0),
         "mode": "official" if official else "strict",
         "seed": dice.values.randrange(-(2**63), 2**64),
-        "step": dice.values.randrange(2**32),
     }
+    step = step_of(dice, inputs)
     names = ("indices", "groups", "frame_indices", "frame_status", "status", "log_prob", "frame_log_prob")
 
     def run(x: Tensors) -> Tensors:
-        drawn = ck.sample_combinations(tokens(x), frames(x), grid, **options)
+        drawn = ck.sample_combinations(tokens(x), frames(x), grid, step=step(x), **options)
         return fields(drawn, *names)
 
     return Problem("combinations", lambda seed: inputs, run, frozenset({"log_prob", "frame_log_prob"}))
