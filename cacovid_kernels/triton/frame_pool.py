@@ -9,13 +9,13 @@ from torch import Tensor
 
 from cacovid_kernels.triton.launch import block, launch
 
-# A program reads whole rows of one frame, so that their norms are complete, and adds up at most so many of them:
-# the sums it leaves are float32, 4 / 196 of what a video of 196 tokens per frame reads twice over as bfloat16. One
-# program per frame would leave none, but 32 frames would occupy 32 of 132 multiprocessors, each able to draw a
-# fortieth of the bandwidth; programs over columns would leave the norms in parts instead. How many depends on
-# the frame alone: its mean has the same bits in every batch.
+# A program reads whole rows of one frame, so that their norms are complete, and adds up at most 64 of them. For 32
+# frames of 14 x 14 these are 128 programs on 132 multiprocessors, whose sums a second launch adds: 1.8 MB written and
+# read next to 45 MB. One program per frame would leave no parts to add, but 32 multiprocessors draw at most
+# 64 bytes per clock each, less than the memory yields; programs over columns would leave the norms in parts.
+# How many rows depends on the frame alone: its mean has the same bits in every batch.
 ROWS = 64
-TILE_BYTES = 1 << 15  # of which three wait in shared memory: 64 KB on their way keep a multiprocessor's share busy
+TILE_BYTES = 1 << 15  # two of them on their way to shared memory: enough for the memory's latency
 ADDED_COLUMNS = 256
 
 

@@ -1,6 +1,6 @@
 """The folded head in four launches: three layers as tiled products, then the last two as one."""
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ WIDE = Tile(128, 256, 64, 8, 3)  # spills registers unless tensor cores take bot
 TILES = [Tile(128, 128, 64, 8, 3, 0.85), Tile(64, 64, 64, 4, 4, 0.6), Tile(32, 16, 256, 4, 3, 0.12)]
 FLOAT32_TILES = [Tile(128, 64, 32, 8, 3), Tile(32, 32, 64, 4, 3, 0.5)]
 LAST = Tile(32, 256, 64, 8, 3)
-PLAIN = Tile(32, 32, 32, 4, 2)  # for widths that no 16-byte load fits; spills no registers with any of them
+PLAIN = Tile(32, 32, 32, 4, 2)  # for widths that no 16-byte load fits, and for the last layers in float32
 WIDTH = 16  # what a width or stride has to divide by for Triton to use 16-byte loads
 
 
@@ -104,7 +104,7 @@ def _gpu(device: torch.device) -> tuple[int, int]:
     return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch, 132
 
 
-@cache
+@lru_cache(1024)
 def _tile(rows: int, units: int, inputs: int, halves: bool, arch: int, multiprocessors: int) -> Tile:
     """The tile whose programs, in as many rounds as they need, should end first."""
 
