@@ -142,8 +142,9 @@ def video_budget(x, present, tokens, ranked, cap, quota, low, high, BITS: tl.con
     first frame first among equals: found as a water level, bit by bit from above, for frames of less than 2^BITS.
     """
     largest = tl.max(tl.where(present, magnitude(x), 0.0), 0)
-    logit = tl.where(present, frame_logit(x, largest), float("-inf"))
-    e = tl.where(present, frame_exp(logit, tl.max(logit, 0)), 0.0)
+    logit = frame_logit(x, largest)
+    top = tl.max(tl.where(present, logit, float("-inf")), 0)
+    e = tl.where(present, frame_exp(logit, top), 0.0)
     weight = tl.where(present, fixed_weight(e, from_fixed(tl.sum(to_fixed(e), 0)), low, high), 0)
     counts = tl.where(present, frame_share(weight, tl.sum(weight, 0), quota, cap), 0).to(tl.int32)
     missing = ranked - tl.sum(counts, 0)
