@@ -41,9 +41,7 @@ def _store_kept(
     FLOAT_RANKS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Stores the tokens of a video that are ranked or fill up, at their `position`s or as rank words; says which."""
-    picks_before, picked = fill_below(
-        position - ranked_before, count, last, step, picks_per_token, FLOAT_RANKS
-    )  # fmt: skip
+    picks_before, picked = fill_below(position - ranked_before, count, last, step, picks_per_token, FLOAT_RANKS)
     kept = inside & (ranked | picked)
     value = rank_word(key, position) if WORDS else first_token + position
     tl.store(indices + (first_out + ranked_before + picks_before), value, mask=kept)
