@@ -103,6 +103,8 @@ def _draw_tokens(scores, step_of_scores, memory, indices, groups, log_prob, stat
         bits = random_bits(sample * 0 + frame, sample * 0 + video, sample, seed, step, STREAM_GROUPS)
         threshold = (bits.to(tl.int64) * total) >> 32
         group = tl.sum((running[None, :] <= threshold[:, None]).to(tl.int32), 1)  # [S]
+        at = sample.to(tl.int64) * frame_stride
+        tl.store(groups + at, tl.where(top, -1, group).to(tl.int64), mask=sample < last)
         drawn = tl.arange(0, G)[None, :] == group[:, None]
         chosen = tl.sum(tl.where(drawn, probability.to(tl.float32)[None, :], 0.0), 1)
         scale_inside = tl.sum(tl.where(drawn, scale[None, :], 0.0), 1)[:, None]
@@ -120,8 +122,6 @@ def _draw_tokens(scores, step_of_scores, memory, indices, groups, log_prob, stat
         key = word_key(tl.load(members + place, mask=raced, other=0))
         weight = tl.where(raced, token_weights(key, best, scale_inside, size), 0.0)
         inside = ln_float(chosen).to(tl.float64) + _order_log_prob(weight, won)
-        at = sample.to(tl.int64) * frame_stride
-        tl.store(groups + at, tl.where(top, -1, group).to(tl.int64), mask=sample < last)
         tl.store(log_prob + at, tl.where(top, 0.0, inside).to(tl.float32), mask=sample < last)
 
 
