@@ -49,7 +49,7 @@ class AbsentGPU:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self._target.arch  # kernels remember what they compiled by device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
