@@ -1,8 +1,8 @@
 """Online combination space sampling in one launch: the first programs draw tokens, each for some samples of a frame,
 the last ones frames, each for some samples of a video.
 
-Videos of different plans take a launch per run of equal ones. Frames of more than `MOST` tokens, and frame
-combinations of videos of more than `MOST` frames, are served by the reference.
+Videos of different plans take a launch per run of equal ones. Frames of more than `MOST_TOKENS` tokens, and frame
+combinations of videos of more than `MOST_FRAMES` frames, are served by the reference.
 """
 
 from itertools import groupby
@@ -28,7 +28,8 @@ from cacovid_kernels.triton.exact import double_of, order_key, word_index, word_
 from cacovid_kernels.triton.launch import block, double_bits, launch
 from cacovid_kernels.triton.noise import gumbel_noise, ln_float, random_bits, step_of
 
-MOST = 4096  # positions take 12 bits of a race word
+MOST_TOKENS = 4096  # positions take 12 bits of a race word
+MOST_FRAMES = 2048  # more of them need more registers than a thread has
 PROGRAMS = 1024  # enough for every GPU: more of them would only repeat the ranking
 STREAM_FRAMES, STREAM_GROUPS, STREAM_TOKENS = tl.constexpr(253), tl.constexpr(254), tl.constexpr(255)
 NOBODY = tl.constexpr(1 << 12)  # behind every position
@@ -248,7 +249,7 @@ def sample_combinations(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     t, h, w = grid_thw[::3], grid_thw[1::3], grid_thw[2::3]
     tokens = [a * b for a, b in zip(h, w, strict=True)]
-    if max(tokens, default=0) > MOST or (num_frame_samples > 0 and max(t, default=0) > MOST):
+    if max(tokens, default=0) > MOST_TOKENS or (num_frame_samples > 0 and max(t, default=0) > MOST_FRAMES):
         return reference.sample_combinations(
             token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, max_group_prob,
             num_frame_samples, num_frames, strict, seed, step, added_steps,

@@ -298,6 +298,7 @@ def test_no_videos():
 
 @pytest.mark.parametrize("shape", [(2, 17), (17, 2)])
 def test_beyond_the_limit_the_reference_serves(shape, monkeypatch):
-    monkeypatch.setattr(combinations, "MOST", 16)
+    monkeypatch.setattr(combinations, "MOST_TOKENS", 16)
+    monkeypatch.setattr(combinations, "MOST_FRAMES", 16)
     monkeypatch.setattr(combinations, "launch", None)
     check(randn(*shape), randn(shape[0]), num_samples=3, num_frame_samples=2)
