@@ -14,6 +14,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cacovid_kernels as ck
+from cacovid_kernels.native import combinations as engine
 from cacovid_kernels.reference import combinations as reference
 from cacovid_kernels.triton import combination_space, combinations
 from cacovid_kernels.triton.exact import double_of
@@ -232,6 +233,13 @@ def test_all_scores_alike(value):
     found = check(torch.full((2, 16), value), torch.full((2,), value), keep_ratio=0.25, frame_ratio=1.0)
     if value not in (-INF, INF) and value == value:
         assert found.indices[0].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
+
+
+def test_groups_of_which_nothing_is_drawn():
+    args = (randn(2, 20), None, [2, 4, 5], 4, [0], [3], [0.5], 0, [1], True, 5, 1)
+    expected, found = engine.sample_combinations(*args), combinations.sample_combinations(*args)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=3e-6)
 
 
 def test_status_of_frames():
