@@ -15,7 +15,7 @@ from cacovid_kernels.triton.plackett_luce import (
     pl_log_prob_backward,
     pl_log_prob_double_backward,
 )
-from cacovid_kernels.triton.topk import CHUNK, emit_rows, row_keys, sorting_warps, status_bits
+from cacovid_kernels.triton.topk import CHUNK, emit_rows, row_keys, status_bits
 from cacovid_kernels.triton.weights import aligned, load_double, race_back, weight_of
 
 SHORT = tl.constexpr(4)
@@ -67,9 +67,9 @@ def gumbel_topk(
     status = torch.empty(rows, dtype=torch.int32, device=logits.device)
     size = block(n)
     launch(
-        _race_kernel, (rows * max(num_samples, 1),), logits, added_steps, indices, log_prob, status, n, k, rows, num_samples,
-        *logits.stride(), seed, step, stream, num_warps=sorting_warps(size), maxnreg=128, BLOCK=size,
-        DRAWS=min(size, DRAWS),
+        _race_kernel, (rows * max(num_samples, 1),), logits, added_steps, indices, log_prob, status, n, k, rows,
+        num_samples, *logits.stride(), seed, step, stream, num_warps=max(1, min(16, size // 64)), maxnreg=128,
+        BLOCK=size, DRAWS=min(size, DRAWS),
     )  # fmt: skip
     return indices, log_prob, status
 

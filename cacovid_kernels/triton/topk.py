@@ -59,8 +59,9 @@ def kept_positions(above, equal, ties, above_before, equal_before):
 
 @triton.jit(do_not_specialize=["first", "n", "chunks", "rows", "row_stride", "seed", "step", "stream"])
 def _keys_kernel(
-    scores, added_steps, keys, flags, first: tl.int64, n: tl.int64, chunks: tl.int64, rows: tl.int64, row_stride: tl.int64,
-    stride: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, NOISE: tl.constexpr, CHUNK: tl.constexpr,
+    scores, added_steps, keys, flags, first: tl.int64, n: tl.int64, chunks: tl.int64, rows: tl.int64,
+    row_stride: tl.int64, stride: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, NOISE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0).to(tl.int64) // chunks
     row = (first + item) % rows

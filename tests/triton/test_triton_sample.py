@@ -79,6 +79,15 @@ def test_extreme_keys(seed):
     check(randn(2, 16), 5, 1, seed, 2**32 - 1, 239)
 
 
+@pytest.mark.parametrize("n", [16, 4097])
+def test_a_step_on_the_device(n):
+    """Counted modulo 2^32, together with the one that the host knows."""
+    logits, added = randn(1, n), torch.tensor(2**32 - 3)
+    found = sample.gumbel_topk(logits, 5, 1, 7, 10, added, 1)
+    expected = engine.gumbel_topk(logits, 5, 1, 7, 7, None, 1)
+    assert torch.equal(found[0], expected[0])
+
+
 def test_any_stride():
     memory = randn(500)
     check(memory[7:].as_strided((3, 20), (3, 9)), 5, 1)
@@ -247,8 +256,9 @@ def launches(monkeypatch):
 
 def test_launches_and_no_host_reads(launches):
     logits, drawn, grad = randn(1, 9), torch.zeros(2, 1, 2, dtype=torch.int64), torch.ones(2, 1)
+    step = torch.ones((), dtype=torch.int64)
     with NoHostReads():
-        sample.gumbel_topk(logits, 2, 2, 1, 2, None, 3)
+        sample.gumbel_topk(logits, 2, 2, 1, 2, step, 3)
         assert launches == ["_race_kernel"]
         launches.clear()
         sample.pl_log_prob(logits, drawn)

@@ -18,6 +18,9 @@ def calls():
         rows = torch.zeros(2, n, dtype=dtype)
         yield f"16 draws from 2 rows of {n} {dtype}", lambda x=rows: gumbel_topk(x, 5, 16, 1, 2, None, 3)
     yield "4 draws from 150528", lambda: gumbel_topk(torch.zeros(1, 150528), 15052, 4, 1, 2, None, 3)
+    step = torch.zeros((), dtype=torch.int64)
+    yield "a step on the device", lambda: gumbel_topk(torch.zeros(2, 196), 5, 16, 1, 0, step, 3)
+    yield "a step on the device, rows of 5000", lambda: gumbel_topk(torch.zeros(1, 5000), 5, 4, 1, 0, step, 3)
     cases = [(torch.float32, 30, 8), (torch.float32, 196, 50), (torch.float32, 512, 500), (torch.float32, 6272, 627)]
     for dtype, n, k in [*cases, (torch.float64, 196, 50), (torch.bfloat16, 196, 50), (torch.float16, 196, 50)]:
         logits, drawn, grad = torch.zeros(2, n, dtype=dtype), torch.zeros(4, 2, k, dtype=torch.int64), torch.zeros(4, 2)
