@@ -236,7 +236,7 @@ def test_all_scores_alike(value):
 
 
 def test_groups_of_which_nothing_is_drawn():
-    args = (randn(2, 20), None, [2, 4, 5], 4, [0], [3], [0.5], 0, [1], True, 5, 1)
+    args = (randn(2, 20), None, [2, 4, 5], 4, [0], [3], 1.5, 0, [1], True, 5, 1, None)
     expected, found = engine.sample_combinations(*args), combinations.sample_combinations(*args)
     assert torch.equal(found[1], expected[1])
     torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=3e-6)
