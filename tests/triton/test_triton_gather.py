@@ -106,8 +106,11 @@ def test_many_axes_broadcast_and_empty_tensors():
     five = random_bits((4, 3, 4, 20, 6, 2), torch.int16)[::2, :, ::2, :, ::2]  # four axes that do not merge
     eight = random_bits((2, 1, 2, 2, 20, 2, 1, 3), torch.uint16)[:, :, :, :, :, ::2]
     row = torch.arange(20.0)
-    xs = [five, five.to(torch.float8_e4m3fn), eight, row.expand(4, 20), row[:, None].expand(20, 70), row.expand(3, 20)]
-    check(ops._gather_rows, xs, index, [3, 3, 4, 1, 0, 1])
+    # The first and the third axis would merge, but not in the result.
+    around = random_bits((20, 3, 4, 6), torch.int16)[..., ::2].transpose(0, 1)
+    narrow = random_bits((20, 17), torch.bfloat16)[:, :16]  # rows of whole vectors, but not at their multiples
+    xs = [five, five.to(torch.float8_e4m3fn), eight, row.expand(4, 20), row[:, None].expand(20, 70), around, narrow]
+    check(ops._gather_rows, xs, index, [3, 3, 4, 1, 0, 1, 0])
     empty = [((0, 5), 0), ((4, 0), 0), ((0, 4, 5), 1), ((4, 5, 0), 1), ((3, 0), 1)]
     found = check(ops._gather_rows, [torch.ones(s) for s, _ in empty], torch.tensor([0, -1, 3]), [d for _, d in empty])
     assert not any(x.any() for x in found)
@@ -209,7 +212,7 @@ def test_sums_have_the_bits_of_the_engine(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_sums_follow_the_stated_order(dtype):
-    # In ascending position the 1 is lost in float32: 1e8 + 1 - 1e8 = 0; any other order gives 1.
+    # In ascending position the 1 is lost in float32: 1e8 + 1 - 1e8 = 0; with 1e8 - 1e8 first it is not.
     big = 2.0**60 if dtype is torch.float64 else 2.0**14 if dtype is torch.float16 else 1e8
     one = 2.0**-12 if dtype is torch.float16 else 1.0
     grads = torch.tensor([[big], [one], [-big], [one]], dtype=dtype)
