@@ -108,19 +108,19 @@ def tests(gpu: Device, results: Results, budget: float) -> bool:
     folder = Path(tempfile.mkdtemp(prefix="cacovid-gpu-"))
 
     def start(name: str, seconds: float, shard: str, *extra: str) -> subprocess.Popen:
-        row_file = folder / f"{name}.jsonl"
         env = environment(
             gpu.dry, CACOVID_GPU_SCALE=scale, CACOVID_GPU_SHARD=shard, CACOVID_GPU_SECONDS=str(seconds),
-            CACOVID_GPU_RESULTS=str(row_file), OMP_NUM_THREADS="2",
+            CACOVID_GPU_RESULTS=str(results.path.resolve()), CACOVID_GPU_COMMON=json.dumps(results.common),
+            OMP_NUM_THREADS="2",
         )  # fmt: skip
         log = (folder / f"{name}.log").open("w")
         return begin(pytest_command(*extra), env, log)
 
-    def finish(processes: dict[str, subprocess.Popen]) -> list[str]:
+    def finish(processes: dict[str, subprocess.Popen], latest: float) -> list[str]:
         bad = []
         for name, process in processes.items():
             try:
-                code = process.wait(timeout=max(1, end + 20 - time.monotonic()))
+                code = process.wait(timeout=max(1, latest - time.monotonic()))
             except subprocess.TimeoutExpired:
                 stop(process)
                 code = 1
@@ -132,16 +132,14 @@ def tests(gpu: Device, results: Results, budget: float) -> bool:
     large = [str(ROOT / "tests" / "gpu" / name) for name in alone]
     ignored = [f"--ignore={path}" for path in large]
     first = 0.7 * budget
-    trouble = finish({f"shard{i}": start(f"shard{i}", first, f"{i}/{shards}", *ignored) for i in range(shards)})
-    command = pytest_command()
+    processes = {f"shard{i}": start(f"shard{i}", first, f"{i}/{shards}", *ignored) for i in range(shards)}
+    trouble = finish(processes, end - 0.2 * budget)
     others = [path for path in (ROOT / "tests" / "gpu").glob("test_*.py") if path.name not in alone]
     left = end - time.monotonic()
-    trouble += finish({"alone": start("alone", left, "0/1", *(f"--ignore={path}" for path in others))})
-    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    for row in rows:
-        results.add(**row)
+    trouble += finish({"alone": start("alone", left, "0/1", *(f"--ignore={path}" for path in others))}, end + 20)
+    rows = [row for line in results.path.read_text().splitlines() if (row := json.loads(line))["part"] == "tests"]
     outcomes = Counter(row["outcome"] for row in rows)
-    print(f"{command[3]}: {dict(outcomes)}; {sum(row.get('cases', 0) for row in rows)} random cases compared")
+    print(f"{dict(outcomes)}; {sum(row.get('cases', 0) for row in rows)} random cases compared")
     for row in rows:
         if row["outcome"] == "skipped":
             print(f"  skipped {row['test']}: {row['reason']}")
@@ -173,7 +171,11 @@ def bench(gpu: Device, results: Results, budget: float) -> bool:
             continue
         start = time.monotonic()
         torch._dynamo.reset()
-        skipped += gpu_measure.run(gpu, key, make(), limits, results, end)
+        try:
+            skipped += gpu_measure.run(gpu, key, make(), limits, results, end)
+        except Exception as error:  # one race that cannot be made stops no other
+            print(traceback.format_exc(limit=-4))
+            results.add(key=key, family="race", contestant="ours", error=f"{type(error).__name__}: {error}"[:500])
         gpu.cuda.empty_cache()
         print(f"{key}: {time.monotonic() - start:.1f} s")
     print(

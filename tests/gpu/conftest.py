@@ -2,7 +2,8 @@
 
 The environment says how: CACOVID_GPU_SCALE is "full", "cut" (few cases, for slow checkers) or "dry" (on the CPU, in
 Triton's interpreter: every line runs, at sizes where values can still be compared); CACOVID_GPU_SHARD "2/8" takes
-every eighth test; CACOVID_GPU_SECONDS skips what would begin later; CACOVID_GPU_RESULTS is appended to.
+every eighth test; CACOVID_GPU_SECONDS skips what would begin later; CACOVID_GPU_RESULTS gets a line per
+test, with what CACOVID_GPU_COMMON says.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     row = {"test": report.nodeid.rpartition("/")[2], "outcome": report.outcome, "seconds": round(report.duration, 3)}
     row.update(report.user_properties)
+    row.update(json.loads(os.environ.get("CACOVID_GPU_COMMON", "{}")))
     if report.failed:
         row["reason"] = report.longreprtext[-2000:]
     elif report.skipped:
