@@ -307,6 +307,8 @@ def profile(gpu: Device, results: Results, budget: float) -> bool:
         print(f"ncu gave no table (it ended with {code}), so torch.profiler's times instead: {text[-1500:]}")
     else:
         print("ncu is not on this machine, so torch.profiler's times instead")
+    if gpu.dry and not one_call_each(gpu, budget):
+        return False
     return each_race(gpu, budget / 5, lambda key, call: _profile_with_torch(gpu, results, key, call))
 
 

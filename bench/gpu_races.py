@@ -52,11 +52,12 @@ def select(gpu: Device, frames: int, everybody: bool) -> Race:
             token, frame, keep_ratio=selects.KEEP, importance_ratio=selects.IMPORTANCE, max_frame_ratio=selects.CAP
         ).indices
 
-    def check(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    def check(ours: list[Tensor], theirs: list[Tensor]) -> float | None:
         if theirs[0].dim() == 1:
-            nearly_the_same_set(ours, theirs)
-        elif not torch.isin(theirs[0][:, 0] + torch.arange(t, device=gpu.device) * p, ours[0]).all():
+            return nearly_the_same_set(ours, theirs)
+        if not torch.isin(theirs[0][:, 0] + torch.arange(t, device=gpu.device) * p, ours[0]).all():
             raise ValueError("the best token of a frame is not kept")  # every frame gets one or more
+        return None
 
     contestants = {
         "ours": ours,
