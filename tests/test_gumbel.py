@@ -102,10 +102,14 @@ def test_noise_is_accurate():
 
 
 def test_ln_and_exp_are_accurate():
-    x = torch.cat([torch.rand(2**16) * 4, torch.exp(torch.rand(2**16) * 160 - 80)]).clamp(min=1e-37)
+    generator = torch.Generator().manual_seed(0)
+    first, last = torch.tensor([1.25, 1.4]).view(torch.int32).tolist()  # the relative error is largest at 1.3336
+    near = torch.arange(first, last, dtype=torch.int32).view(torch.float32)
+    far = torch.exp(torch.rand(2**16, generator=generator) * 160 - 80)
+    x = torch.cat([torch.rand(2**16, generator=generator) * 4, far, near]).clamp(min=1e-37)
     error = (reference.ln_float(x).double() - x.double().log()).abs()
-    assert (error <= 1.1e-7 * x.double().log().abs()).all()
-    y = -torch.rand(2**17) * 86.9
+    assert (error <= 1.3e-7 * x.double().log().abs()).all()
+    y = -torch.rand(2**17, generator=generator) * 86.9
     assert (reference.exp_float(y).double() / y.double().exp() - 1).abs().max() < 1e-7
     assert reference.exp_float(torch.tensor([0.0, -87.5, -math.inf, math.nan])).tolist() == [1.0, 0.0, 0.0, 0.0]
 

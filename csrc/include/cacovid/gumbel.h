@@ -61,7 +61,7 @@ CACOVID_HD int32_t split_exponent(float x, float* mantissa) {
   return exponent;
 }
 
-// ln(x) for a positive normal x, relative error below 1.1e-7.
+// ln(x) for a positive normal x, relative error below 1.3e-7 (largest at 1.3336).
 CACOVID_HD float ln_float(float x) {
   float mantissa;
   const int32_t exponent = split_exponent(x, &mantissa);
