@@ -39,8 +39,8 @@ build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 aot: $(VENV)/.built build/triton-$(OLDEST_TRITON)  ## compile every kernel for sm_80, 90 and 100 with the pinned and the oldest Triton; no GPU
 	$(call timed,kernels ahead of time,$(PY) tests/triton/aot.py && PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) tests/triton/aot.py)
 
-mutants: $(VENV)/.built  ## plant bugs in the kernels; the tests must find each
-	$(call timed,mutants,$(PY) tests/triton/mutate.py)
+mutants: $(VENV)/.built  ## plant bugs in the kernels, three per family; the tests must find each (`make nightly`: all)
+	$(call timed,mutants,$(PY) tests/triton/mutate.py --each 3)
 
 bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
 	$(call timed,benchmarks,$(PY) -m pytest bench $(BENCH) $(if $(RESULTS),--save-results $(RESULTS)))
@@ -60,8 +60,8 @@ sanitize: $(VENV)/.installed  ## run the C++ suite under ASan, UBSan and TSan
 wheel: $(VENV)/.installed  ## build the wheel as pip does, without torch, and print its size
 	$(call timed,wheel,$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist . && ls -l dist)
 
-nightly: $(VENV)/.built  ## the slow checks: exhaustive and statistical
-	$(call timed,nightly,$(PY) -m pytest tests -m nightly)
+nightly: $(VENV)/.built  ## the slow checks: exhaustive and statistical, every planted bug
+	$(call timed,nightly,$(PY) -m pytest tests -m nightly && $(PY) tests/triton/mutate.py)
 
 doctor: $(VENV)/.built  ## say what is built and which backends work
 	$(PY) -m cacovid_kernels doctor

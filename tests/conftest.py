@@ -27,6 +27,11 @@ def backend(request):
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
     real = torch.empty
 

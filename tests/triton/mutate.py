@@ -1,6 +1,6 @@
 """Plants known bugs in copies of the package and checks that the tests find each of them.
 
-    python tests/triton/mutate.py [family ...] [--jobs 2]
+    python tests/triton/mutate.py [family ...] [--each N] [--jobs 2]
 
 `mutants/<family>.toml` lists what to replace by what in which file, and which tests have to notice (by default
 test_triton_<family>.py). Prints a table; exits with 1 if a mutant survives or a list no longer fits the code.
@@ -49,13 +49,15 @@ class Mutant:
         return ""
 
 
-def listed(families: list[str]) -> list[Mutant]:
-    """The mutants of the families, of all if none is named."""
+def listed(families: list[str], each: int | None = None) -> list[Mutant]:
+    """The mutants of the families, of all if none is named; `each` of every list, or all."""
     found = []
     for path in sorted((HERE / "mutants").glob("*.toml")):
         if families and path.stem not in families:
             continue
-        for entry in tomllib.loads(path.read_text())["mutant"]:
+        entries = tomllib.loads(path.read_text())["mutant"]
+        count = min(each or len(entries), len(entries))
+        for entry in (entries[i * len(entries) // count] for i in range(count)):
             found.append(Mutant(path.stem, **{"tests": f"test_triton_{path.stem}.py", **entry}))
     return found
 
@@ -88,9 +90,10 @@ def verdict(mutant: Mutant | None, tests: str) -> tuple[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="only these lists")
+    parser.add_argument("--each", type=int, metavar="N", help="only N of each list, evenly chosen")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     options = parser.parse_args()
-    mutants = listed(options.families)
+    mutants = listed(options.families, options.each)
     work: list[tuple[Mutant | None, str]] = [(None, tests) for tests in sorted({m.tests for m in mutants})]
     work += [(m, m.tests) for m in mutants]
     wrong = 0
