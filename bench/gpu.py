@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import io
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,9 +20,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from gpu_processes import begin, environment, find_tool, run, stop
 
 if TYPE_CHECKING:
     from gpu_device import Device
@@ -35,18 +32,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "bench", "sanitize", "profile")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-METRICS = {
-    "us": "gpu__time_duration.sum",
-    "bytes_read": "dram__bytes_read.sum",
-    "bytes_written": "dram__bytes_write.sum",
-    "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "registers": "launch__registers_per_thread",
-    "shared_bytes": "launch__shared_mem_per_block",
-    "blocks": "launch__grid_size",
-    "threads": "launch__block_size",
-    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "possible_occupancy_percent": "sm__maximum_warps_per_active_cycle_pct",
-}
 
 
 def build(dry: bool) -> None:
@@ -73,23 +58,6 @@ def build(dry: bool) -> None:
     for command in (configure, ["cmake", "--build", str(work)]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path})
     print(f"built {module.relative_to(ROOT)} in {time.monotonic() - start:.0f} s")
-
-
-def environment(dry: bool, **extra: str) -> dict[str, str]:
-    """For child processes: this checkout, and in a dry run Triton's interpreter."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "PYTHONPATH": path, **({"TRITON_INTERPRET": "1"} if dry else {}), **extra}
-
-
-def begin(command: list[str], env: dict[str, str], out: IO[str]) -> subprocess.Popen:
-    """In a process group of its own, so that it can be stopped together with what it starts."""
-    return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
-
-
-def stop(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 # ---- tests --------------------------------------------------------------------------------------
@@ -210,11 +178,6 @@ def _line(row: dict[str, Any]) -> str:
 # ---- sanitize -----------------------------------------------------------------------------------
 
 
-def find_tool(name: str) -> str | None:
-    folders = [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
-
-
 def sanitize(gpu: Device, results: Results, budget: float) -> bool:
     """A few cases of every op under each of compute-sanitizer's tools."""
     tool = find_tool("compute-sanitizer")
@@ -222,7 +185,7 @@ def sanitize(gpu: Device, results: Results, budget: float) -> bool:
         print("compute-sanitizer is not on this machine: nothing was checked")
         results.add(family="sanitize", tool=None, verdict="not here")
         return True
-    suite = pytest_command("-k", "test_usual_sizes or test_random_cases or test_bad_values")
+    suite = pytest_command("-k", "test_usual_sizes or test_random_cases or test_bad_values", "-rs")
     # Every tensor an allocation of its own, so that reading past one is seen.
     env = environment(gpu.dry, CACOVID_GPU_SCALE="cut", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     good, end = True, time.monotonic() + budget
@@ -234,147 +197,24 @@ def sanitize(gpu: Device, results: Results, budget: float) -> bool:
         else:
             command = [str(tool), "--tool", name, "--error-exitcode", "86", "--print-limit", "5", *suite]
         start = time.monotonic()
-        run = _run(command, {**env, "CACOVID_GPU_SECONDS": str(0.8 * seconds)}, seconds)
+        code, text = run(command, {**env, "CACOVID_GPU_SECONDS": str(0.8 * seconds)}, seconds)
         verdict = {0: gpu.pick("clean", "dry run"), 86: "ERRORS", None: "stopped at its time"}.get(
-            run[0], f"ended with {run[0]}"
+            code, f"ended with {code}"
         )
-        good &= run[0] in (0, None)
-        lines = [line for line in run[1].splitlines() if "ERROR SUMMARY" in line or "passed" in line or "=====" in line]
-        tail = (
-            "\n".join(lines[-25:])
-            if run[0] != 0
-            else " ".join(line for line in lines if "SUMMARY" in line or "passed" in line)
-        )
-        results.add(
-            family="sanitize", tool=name, verdict=verdict, seconds=time.monotonic() - start, output=tail[-4000:]
-        )
-        print(f"{name:10} {verdict:20} {time.monotonic() - start:6.0f} s  {tail if run[0] == 0 else run[1][-1500:]}")
-    return good
-
-
-def _run(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """Exit status, None if it took too long, and output."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = begin(command, env, out)
-        try:
-            code: int | None = process.wait(timeout=max(1, seconds))
-        except subprocess.TimeoutExpired:
-            stop(process)
-            code = None
-        out.seek(0)
-        return code, out.read()
-
-
-# ---- profile ------------------------------------------------------------------------------------
-
-
-def each_race(gpu: Device, seconds: float, action: Callable[[str, Callable[[], Any]], None]) -> bool:
-    """`action(key, our call)` for the first races, each of another shape; one that fails stops no other."""
-    import gpu_races
-
-    good, end, seen = True, time.monotonic() + seconds, set()
-    for key, make in gpu_races.races(gpu):
-        if time.monotonic() > end or len(seen) == 16:
-            print(f"skipped: {key}")
-            continue
-        try:
-            race = make()
-            seen.add(race.shape)
-            action(key, lambda race=race: race.contestants["ours"](*race.inputs[0]))
-        except Exception:
-            print(f"{key} failed:\n{traceback.format_exc(limit=-4)}")
-            good = False
-        gpu.cuda.empty_cache()
+        good &= code == 0
+        wanted = ("ERROR SUMMARY", "passed", "SKIPPED") if code == 0 else ("=====", "passed", "SKIPPED", "FAILED")
+        tail = "\n".join([line for line in text.splitlines() if any(word in line for word in wanted)][-25:])
+        seconds = time.monotonic() - start
+        results.add(family="sanitize", tool=name, verdict=verdict, seconds=seconds, output=tail[-4000:])
+        print(f"{name:10} {verdict:20} {seconds:6.0f} s  {tail if code == 0 else text[-1500:]}")
     return good
 
 
 def profile(gpu: Device, results: Results, budget: float) -> bool:
-    """Bytes, occupancy and registers of the kernels of one call per race, from ncu; times alone where it is missing."""
-    tool = find_tool("ncu")
-    if tool is not None and not gpu.dry:
-        command = [
-            tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
-            "--print-units", "base", "--metrics", ",".join(METRICS.values()),
-            sys.executable, str(Path(__file__).resolve()), "--one-call-each", "--budget", str(0.6 * budget),
-        ]  # fmt: skip
-        code, text = _run(command, environment(False), 0.8 * budget)
-        rows = list(read_ncu(text))
-        for row in rows:
-            results.add(family="profile", **row)
-        if rows:
-            _print_profile(rows)
-            return code == 0
-        print(f"ncu gave no table (it ended with {code}), so torch.profiler's times instead: {text[-1500:]}")
-    else:
-        print("ncu is not on this machine, so torch.profiler's times instead")
-    if gpu.dry and not one_call_each(gpu, budget):
-        return False
-    return each_race(gpu, budget / 5, lambda key, call: _profile_with_torch(gpu, results, key, call))
+    """Bytes, occupancy and registers of the kernels of one call per race."""
+    import gpu_profile
 
-
-def _profile_with_torch(gpu: Device, results: Results, key: str, call: Callable[[], Any]) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    call()
-    gpu.synchronize()
-    activities = [ProfilerActivity.CPU] if gpu.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with torch_profile(activities=activities) as recorded:
-        call()
-        gpu.synchronize()
-    kernels = [(event.key[:80], event.self_device_time_total, event.count) for event in recorded.key_averages()]
-    for kernel, us, calls in sorted(kernels, key=lambda found: -found[1])[:5]:
-        if us > 0 or gpu.dry:
-            row = results.add(family="profile", key=key, kernel=kernel, us=us, calls=calls)
-            print(f"{key:26} {row['kernel'][:60]:60} {us:9.2f} us {calls:4}")
-
-
-def one_call_each(gpu: Device, seconds: float) -> bool:
-    """What ncu watches: one warm call per race is in the profiled range."""
-
-    def watched(key: str, call: Callable[[], Any]) -> None:
-        call()
-        gpu.synchronize()
-        gpu.cuda.profiler.start()
-        call()
-        gpu.synchronize()
-        gpu.cuda.profiler.stop()
-
-    return each_race(gpu, seconds, watched)
-
-
-def read_ncu(text: str) -> Iterator[dict[str, Any]]:
-    """Rows of `ncu --csv --page raw`, whose header starts with "ID" and is followed by a line of units.
-
-    ncu prints kernels after the program's own output, in the order of their launches.
-    """
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        return
-    table = list(csv.DictReader(io.StringIO("\n".join(lines[start:]))))
-    for row in table[1:]:
-        found: dict[str, Any] = {"kernel": row.get("Kernel Name", "")[:80]}
-        for name, metric in METRICS.items():
-            try:
-                found[name] = float((row.get(metric) or "").replace(",", ""))
-            except ValueError:
-                found[name] = None
-        if found["us"] is not None:
-            found["us"] /= 1000  # base units: nanoseconds
-        yield found
-
-
-def _print_profile(rows: list[dict[str, Any]]) -> None:
-    print(f"{'kernel':44} {'us':>8} {'MB':>8} {'dram %':>7} {'regs':>5} {'occ %':>6} {'of %':>6} {'blocks':>8}")
-    for row in rows:
-        values = {name: row[name] if row[name] is not None else float("nan") for name in METRICS}
-        moved = (values["bytes_read"] + values["bytes_written"]) / 1e6
-        print(
-            f"{row['kernel'][:44]:44} {values['us']:8.2f} {moved:8.2f} {values['dram_percent']:7.1f} "
-            f"{values['registers']:5.0f} {values['occupancy_percent']:6.1f} "
-            f"{values['possible_occupancy_percent']:6.1f} {values['blocks']:8.0f}"
-        )
+    return gpu_profile.profile(gpu, results, budget)
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -413,6 +253,8 @@ def main() -> int:
         return 2
     with ck.use_backend("triton"):
         if options.one_call_each:
+            from gpu_profile import one_call_each
+
             return 0 if one_call_each(gpu, options.budget) else 1
         info = gpu.info()
         print(", ".join(f"{name} {value}" for name, value in info.items()))
