@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = '''
+KERNELS = """
 import aot, torch, triton, triton.language as tl
 from cacovid_kernels.triton.launch import launch
 
@@ -39,7 +39,7 @@ with aot.compiling_for(90) as compiled:
 for name, kernel, _ in compiled:
     use = aot.resources(kernel)
     print(name, len(aot.narrow_addresses(kernel)), use["STACK"] + use["LOCAL"] > 0)
-'''
+"""
 
 
 def test_narrow_addresses_and_spills_are_seen(tmp_path):

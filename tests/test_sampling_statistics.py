@@ -173,7 +173,9 @@ def test_frames_follow_their_weights(strict):
     scores = logits_of(24, 1.5)
     weights = frame_weights(scores, 8, strict).double().numpy()
     draws = [
-        _sample_combinations(torch.zeros(24), scores, [24, 1, 1], 1, [1], [1], 1.0, 8, [3], strict, 12, step, None)[3][1:]
+        _sample_combinations(torch.zeros(24), scores, [24, 1, 1], 1, [1], [1], 1.0, 8, [3], strict, 12, step, None)[3][
+            1:
+        ]
         for step in range(4000)
     ]
     assert inclusion_p_value(torch.cat(draws).numpy(), pair_inclusion(weights, 3)) > LEAST_P

@@ -414,9 +414,7 @@ def test_engine_refuses_what_would_read_out_of_bounds():
     from cacovid_kernels.native import select as native
 
     with pytest.raises(ValueError, match="rows of equal length"):
-        native.select_tokens(
-            torch.zeros(2, 6), None, [1, 1, 4, 1, 1, 8], [1, 1], 0.5, 0.5, 1.0, False, True, False
-        )
+        native.select_tokens(torch.zeros(2, 6), None, [1, 1, 4, 1, 1, 8], [1, 1], 0.5, 0.5, 1.0, False, True, False)
     with pytest.raises(ValueError, match="one float score per token"):
         native.select_tokens(torch.zeros(11), None, [1, 1, 12], [1], 0.5, 0.5, 1.0, False, True, False)
     with pytest.raises(ValueError, match="k must be in"):

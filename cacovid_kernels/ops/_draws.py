@@ -27,7 +27,7 @@ def as_int(op: str, name: str, value: Any) -> Any:
 def check_key(
     op: str, seed: Any, step: Any, device: torch.device, stream: Any = 0
 ) -> tuple[int, int, Tensor | None, int]:
-    """Seed, as the signed 64-bit number with the same bits, step, the tensor to add to it, and stream; or ValueError."""
+    """Seed, as the signed 64-bit number with the same bits, step, a tensor to add to it, and stream; or ValueError."""
     added_steps = None
     if isinstance(step, Tensor):
         if step.dtype != torch.int64 or step.numel() != 1 or step.device != device:

@@ -28,8 +28,7 @@ from cacovid_kernels.triton.exact import double_of, order_key, word_index, word_
 from cacovid_kernels.triton.launch import block, double_bits, launch
 from cacovid_kernels.triton.noise import gumbel_noise, ln_float, random_bits, step_of
 
-MOST_TOKENS = 4096  # positions take 12 bits of a race word
-MOST_FRAMES = 2048  # more of them need more registers than a thread has
+MOST_TOKENS, MOST_FRAMES = 2048, 2048  # more of them need more registers than a thread has; 2^12 fit a race word
 PROGRAMS = 1024  # enough for every GPU: more of them would only repeat the ranking
 STREAM_FRAMES, STREAM_GROUPS, STREAM_TOKENS = tl.constexpr(253), tl.constexpr(254), tl.constexpr(255)
 NOBODY = tl.constexpr(1 << 12)  # behind every position
@@ -293,7 +292,7 @@ def sample_combinations(
             video, frame, token, column, frame_column, p.frames, p.tokens, p.num_draw, p.tokens // p.num_groups,
             p.tokens % p.num_groups, p.num_groups, double_bits(p.group_cap), num_samples, chunk, chunks, token_programs,
             columns, frames, p.num_frames, num_frame_samples, frame_chunk, max(frame_chunks, 1), frame_columns, videos,
-            num_warps=warps, STRICT=strict, **blocks,
+            num_warps=warps, maxnreg=255, STRICT=strict, **blocks,  # left alone, ptxas spills for occupancy
         )  # fmt: skip
         video, frame, token = video + count, frame + rows, token + rows * p.tokens
         column, frame_column = column + rows * p.num_draw, frame_column + count * p.num_frames
