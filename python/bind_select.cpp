@@ -67,9 +67,8 @@ void allocate_budget(py::handle frame_scores, const Ints& grid_thw, const Ints& 
 }
 
 void select_tokens(py::handle token_scores, py::handle frame_scores, const Ints& grid_thw, const Ints& num_keep,
-                   Ratio keep_ratio, double importance_ratio, Ratio max_frame_ratio, bool strict,
-                   bool fill, bool by_score, int threads, py::handle indices, py::handle frame_counts,
-                   py::handle frame_status) {
+                   Ratio keep_ratio, double importance_ratio, Ratio max_frame_ratio, bool strict, bool fill,
+                   bool by_score, int threads, py::handle indices, py::handle frame_counts, py::handle frame_status) {
   const BudgetArgs args(grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, fill);
   const int64_t row_length = args.plans.empty() ? 0 : args.plans[0].tokens_per_frame;
   const Tensor tokens = token_tensor(token_scores, args.tokens, args.equal_rows, row_length);
