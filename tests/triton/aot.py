@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,35 +130,51 @@ def narrow_addresses(kernel: Any) -> list[str]:
     return sorted(set(found))
 
 
+def compile_family(arch: int, family: str) -> int:
+    """Prints a line per kernel of a family; returns how many fail."""
+    failures = 0
+    for specimen, call in importlib.import_module(f"specimens.{family}").calls():
+        with compiling_for(arch) as compiled:
+            call()
+        for name, kernel, seconds in compiled:
+            use, narrow = resources(kernel), narrow_addresses(kernel)
+            spills = use["STACK"] + use["LOCAL"]
+            bad = spills > 0 or use["SHARED"] > SHARED_LIMIT[arch] or bool(narrow)
+            failures += bad
+            print(
+                f"{name:32}{arch:>10}{use['REG']:>10}{spills:>10}{use['SHARED']:>10}{len(narrow):>10}"
+                f"{seconds:>10.2f}  {family}: {specimen}{'  <-- FAILS' if bad else ''}",
+                flush=True,
+            )
+            for line in narrow:
+                print(f"    32-bit address: {line}")
+    return failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("archs", nargs="*", type=int, default=[80, 90, 100], help="compute capabilities times ten")
     parser.add_argument("--family", help="only the specimens of this family")
+    parser.add_argument("--jobs", type=int, default=2, help="GPUs at a time")
     options = parser.parse_args()
-    families = sorted(path.stem for path in (HERE / "specimens").glob("*.py"))
-    sys.path.insert(0, str(HERE))
-    failures = 0
+    families = [options.family] if options.family else sorted(p.stem for p in (HERE / "specimens").glob("*.py"))
+    if len(options.archs) == 1:
+        sys.path.insert(0, str(HERE))
+        return 1 if sum(compile_family(options.archs[0], family) for family in families) else 0
+
+    def compile_apart(arch: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, __file__, str(arch), *(["--family", options.family] if options.family else [])]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True)
+
+    columns = ["sm", "registers", "spills", "shared", "narrow", "seconds"]
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    print(
-        f"{'kernel':32} {'sm':>4} {'registers':>9} {'spills':>7} {'shared':>7} {'narrow':>7} {'seconds':>8}  specimen"
-    )
-    for arch in options.archs:
-        for family in [options.family] if options.family else families:
-            for specimen, call in importlib.import_module(f"specimens.{family}").calls():
-                with compiling_for(arch) as compiled:
-                    call()
-                for name, kernel, seconds in compiled:
-                    use, narrow = resources(kernel), narrow_addresses(kernel)
-                    spills = use["STACK"] + use["LOCAL"]
-                    bad = spills > 0 or use["SHARED"] > SHARED_LIMIT[arch] or bool(narrow)
-                    failures += bad
-                    print(
-                        f"{name:32}{arch:>10}{use['REG']:>10}{spills:>10}{use['SHARED']:>10}{len(narrow):>10}"
-                        f"{seconds:>10.2f}  {family}: {specimen}{'  <-- FAILS' if bad else ''}"
-                    )
-                    for line in narrow:
-                        print(f"    32-bit address: {line}")
-    return 1 if failures else 0
+    print(f"{'kernel':32}" + "".join(f"{column:>10}" for column in columns) + "  specimen", flush=True)
+    failed = False
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for run in pool.map(compile_apart, options.archs):
+            print(run.stdout, end="", flush=True)
+            failed |= run.returncode != 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
