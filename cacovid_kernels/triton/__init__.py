@@ -1,4 +1,5 @@
-"""The GPU backend without a compiler: fused Triton kernels, compiled on first use for the GPU at hand.
+"""The GPU backend without a CUDA toolkit: fused Triton kernels, compiled on first use for the GPU at hand. For that
+Triton needs a C compiler and the headers of Python.
 
 With `TRITON_INTERPRET=1` in the environment the same kernels run in Triton's interpreter on CPU tensors, which is
 slow and meant for tests.

@@ -38,7 +38,7 @@ def pool_kernel(
         share = tl.sum(b_hidden, 0) * tl.math.div_rn(1.0, frame_rows.to(tl.float32))
         tl.store(sums + i_program * columns + i_column, share, m_column)
     mean_square = tl.math.div_rn(tl.sum(squares, 1), tl.cast(columns, tl.float32))
-    tl.store(rrms + i_row, tl.rsqrt(mean_square + eps), m_row)
+    tl.store(rrms + i_row, tl.math.div_rn(1.0, tl.sqrt_rn(mean_square + eps)), m_row)
 
 
 @triton.jit(do_not_specialize=["programs"])
