@@ -158,4 +158,5 @@ def _move(
         tuple(keep), tuple(bounds or keep[:1]), tuple(cos), tuple(sin), g, PLACEMENT=placement, RAGGED=ragged,
         TURNED=rotated > 0, KIND=KINDS[xs[0].dtype] if rotated else 0, ITEM=item, VECTOR=vector, APART=apart,
         ROWS=tile_rows, COLUMNS=tile_columns, TAIL=tail > 0, num_warps=num_warps,
+        maxnreg=255 if rotated else None,  # left alone, ptxas spills some of these for more programs at a time
     )  # fmt: skip
