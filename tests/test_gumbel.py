@@ -101,6 +101,18 @@ def test_noise_is_accurate():
     assert engine_noise(torch.tensor([0, 2**32 - 1])).tolist() == pytest.approx([22.8739, -2.8116], abs=1e-4)
 
 
+def test_rounding_of_the_uniform_number_shifts_only_noises_that_lose():
+    def error(bits: torch.Tensor) -> float:
+        exact = -torch.log(-torch.log1p(-(bits.double() + 0.5) * 2.0**-32))
+        return (engine_noise(bits).double() - exact).abs().max().item()
+
+    winners = torch.randint(0, 2**31, (2**20,))  # the larger half of all noises
+    assert error(torch.cat([winners, torch.arange(2**16)])) < 1.1e-6
+    last = 2**32 - 1 - torch.arange(2**20)
+    assert 0.02 < error(last[256:]) < 0.025
+    assert 0.3 < error(last) < 0.32
+
+
 def test_ln_and_exp_are_accurate():
     generator = torch.Generator().manual_seed(0)
     first, last = torch.tensor([1.25, 1.4]).view(torch.int32).tolist()  # the relative error is largest at 1.3336
