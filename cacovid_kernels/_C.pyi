@@ -52,6 +52,24 @@ def repack_rows(
     outs: Sequence[Tensor],
     /,
 ) -> None: ...
+def repack_pages(
+    pages: Sequence[Tensor],
+    block_table: Tensor,
+    seq_lens: Tensor,
+    keep: Sequence[Tensor],
+    keep_of: Sequence[int],
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    rotated: Sequence[bool],
+    out_block_table: Tensor | None,
+    threads: int,
+    new_block_table: Tensor,
+    new_seq_lens: Tensor,
+    freed_blocks: Tensor,
+    num_freed: Tensor,
+    status: Tensor,
+    /,
+) -> None: ...
 def gumbel_topk(
     logits: Tensor,
     k: int,

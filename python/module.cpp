@@ -3,10 +3,14 @@
 namespace cacovid::python {
 void bind_combinations(py::module_&);
 void bind_gather(py::module_&);
+void bind_paged(py::module_&);
 void bind_repack(py::module_&);
 void bind_sample(py::module_&);
 void bind_score(py::module_&);
 void bind_select(py::module_&);
+#if defined(CACOVID_CUDA)
+void bind_cuda_gather(py::module_&);
+#endif
 }  // namespace cacovid::python
 
 PYBIND11_MODULE(_C, m) {
@@ -15,8 +19,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu_isa") = cacovid::cpu::isa_name();
   cacovid::python::bind_combinations(m);
   cacovid::python::bind_gather(m);
+  cacovid::python::bind_paged(m);
   cacovid::python::bind_repack(m);
   cacovid::python::bind_sample(m);
   cacovid::python::bind_score(m);
   cacovid::python::bind_select(m);
+#if defined(CACOVID_CUDA)
+  pybind11::module_ cuda = m.def_submodule("cuda", "CUDA kernels.");
+  cuda.attr("architectures") = CACOVID_CUDA;
+  cacovid::python::bind_cuda_gather(cuda);
+#endif
 }

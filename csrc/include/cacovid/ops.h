@@ -127,6 +127,39 @@ struct CacheTensor {
 void repack_rows(const CacheTensor* tensors, int64_t count, const KeptRows* kept, bool zero_tail, bool fresh,
                  int threads);
 
+// ---- paged --------------------------------------------------------------------------------------
+// The sequences of a paged cache: logical block l of sequence b is the physical block block_table[b * width + l].
+struct PagedSequences {
+  int64_t count, blocks, block_size;
+  const int32_t* block_table;      // [count, width]
+  const int32_t* seq_lens;         // [count] rows in use before
+  const int32_t* out_block_table;  // [count, out_width], blocks that the kept rows go to; null: block_table, in place
+  int64_t width, out_width;        // out_width * block_size >= per_head of every KeptRows
+};
+
+struct PagedTensor {
+  Tensor x;      // [blocks, block_size, H, D], any dtype and strides; a float type if rotated
+  int64_t kept;  // which KeptRows, whose batch rows are the sequences; never with cu_seqlens
+  bool rotated;
+};
+
+struct PagedOutputs {
+  int32_t* block_table;   // [count, ceil(per_head / block_size)] of the kept rows, -1 behind the blocks in use
+  int32_t* seq_lens;      // [count] entries of the first list's first head that are not -1
+  int32_t* freed_blocks;  // [count, width] blocks that a sequence used and does not any more, then -1
+  int32_t* num_freed;     // [count]
+  int32_t* status;        // [count] status_out_of_bounds, or 0
+};
+
+// Row i that a head keeps, at position kept.index[i] of its sequence, moves to row i of the sequence, in blocks of
+// the same tensors. An entry of -1 writes nothing. A position outside [0, seq_len), or in a block with an id outside
+// [0, blocks), reads nothing, gives zeros and sets the status; a target block with such an id is not written and sets
+// it too. In place a row that stays where it is, at an angle of zero (all cosines 1 and sines 0) if rotated, is not
+// written; the positions of a head must ascend, and no block that is written may occur twice in the table, else
+// values, but never memory, are wrong. All lists have the same per_head.
+void repack_pages(const PagedTensor* tensors, int64_t tensor_count, const KeptRows* kept, int64_t lists,
+                  const PagedSequences& sequences, int threads, const PagedOutputs& out);
+
 // ---- engine -------------------------------------------------------------------------------------
 // Asks for huge pages behind memory that nobody has touched yet: a first touch then costs one fault per
 // 2 MiB, not per 4 KiB, and faults are five sixths of the time of a large copy to fresh memory.
