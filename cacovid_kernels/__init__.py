@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from cacovid_kernels._backend import backends, use_backend
 from cacovid_kernels.combinations import Combinations
-from cacovid_kernels.kv import PackedKV, RaggedKeep, Rope
+from cacovid_kernels.kv import PackedKV, PagedKV, RaggedKeep, Rope
 from cacovid_kernels.ops.combinations import sample_combinations
 from cacovid_kernels.ops.gather import gather_tokens
+from cacovid_kernels.ops.paged import repack_paged_kv
 from cacovid_kernels.ops.repack import repack_kv
 from cacovid_kernels.ops.sample import GumbelSample, gumbel_topk, pl_log_prob
 from cacovid_kernels.ops.score import PolicyHead, score_tokens
@@ -21,6 +22,7 @@ __all__ = [
     "CompressionPolicy",
     "GumbelSample",
     "PackedKV",
+    "PagedKV",
     "PolicyConfig",
     "PolicyHead",
     "RaggedKeep",
@@ -33,6 +35,7 @@ __all__ = [
     "gumbel_topk",
     "pl_log_prob",
     "repack_kv",
+    "repack_paged_kv",
     "sample_combinations",
     "score_tokens",
     "segmented_topk",

@@ -1,4 +1,4 @@
-"""What repack_kv takes and returns besides tensors: ragged keep lists, packed caches, rotary positions."""
+"""What compaction of caches takes and returns besides tensors: keep lists, packed and paged caches, positions."""
 
 from __future__ import annotations
 
@@ -71,6 +71,31 @@ class PackedKV:
         s = b * self.heads + h
         first, last = self.cu_seqlens[layer][s : s + 2].tolist()
         return self.keys[layer][first:last], self.values[layer][first:last]
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """A paged cache after some rows of its sequences were dropped. Everything but keys and values is int32.
+
+    Attributes:
+        keys: the key pages that were passed, one tensor per layer.
+        values: the value pages that were passed.
+        block_table: `[B, ceil(K / block_size)]`: the blocks of every sequence, -1 behind those in use.
+        seq_lens: `[B]` rows in use now.
+        freed_blocks: `[B, M]`: ids of the blocks that a sequence used and does not use any more, as its table had
+            them, then -1. Where sequences share a block it may be freed by one and in use by another: count
+            references.
+        num_freed: `[B]`: how many of them there are.
+        status: `[B]` bits of `Status`: `OUT_OF_BOUNDS` where a position or a block id was out of range.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    block_table: Tensor
+    seq_lens: Tensor
+    freed_blocks: Tensor
+    num_freed: Tensor
+    status: Tensor
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def _depth(keep: Any) -> int:
     return 1 + _depth(keep[0]) if isinstance(keep, (list, tuple)) and keep else 0
 
 
-def _rows_of_selection(op: str, keep: Selection, b: int, n: int) -> Tensor:
+def rows_of_selection(op: str, keep: Selection, b: int, n: int) -> Tensor:
     """[1, K] positions that all rows share, or [B, longest] positions of every row, padded with -1 at the end."""
     if keep.num_tokens == n:
         return keep.indices[None]
@@ -54,7 +54,7 @@ def _one(op: str, keep: Any, b: int, h: int, n: int) -> Keep:
             )
         return keep
     if isinstance(keep, Selection):
-        keep = _rows_of_selection(op, keep, b, n)
+        keep = rows_of_selection(op, keep, b, n)
     if not isinstance(keep, Tensor):
         raise TypeError(f"{op}: keep is a {type(keep).__name__}, it must be {_FORMS}.")
     if keep.dtype not in (torch.int64, torch.int32):

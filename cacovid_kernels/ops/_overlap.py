@@ -30,6 +30,33 @@ def has_broadcast_axis(x: Tensor) -> bool:
     return 0 in strides and any(n > 1 and s == 0 for n, s in zip(x.shape, strides, strict=True))
 
 
+def share_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have memory in common; also true if that is hard to say, because their strides differ.
+
+    Views that interleave, such as the keys and the values of every page of one tensor, have none.
+    """
+    if not overlaps(byte_range(a), byte_range(b)):
+        return False
+    axes = []  # step of both, size of a, size of b
+    for step, other, n, m in zip(a.stride(), b.stride(), a.shape, b.shape, strict=True):
+        if max(n, m) > 1:
+            axes.append((step, n, m))
+            if step != other or step == 0:
+                return True
+
+    def meet(distance: int, axes: list[tuple[int, int, int]]) -> bool:
+        """Whether an element of a is one of b, which begins `distance` elements before a."""
+        if not axes:
+            return distance == 0
+        (step, n, m), *inner = axes
+        ahead, behind = sum(s * (i - 1) for s, i, _ in inner), sum(s * (j - 1) for s, _, j in inner)
+        first, last = max(1 - m, -((distance + ahead) // step)), min(n - 1, (behind - distance) // step)
+        return any(meet(distance + k * step, inner) for k in range(first, last + 1))
+
+    distance, rest = divmod(a.data_ptr() - b.data_ptr(), a.element_size())
+    return a.element_size() != b.element_size() or rest != 0 or meet(distance, sorted(axes, reverse=True))
+
+
 def mark_written(tensors: Sequence[Tensor]) -> None:
     """Tells autograd that tensors changed, where a backend was called past the dispatcher."""
     if torch.compiler.is_compiling():

@@ -18,7 +18,7 @@ from cacovid_kernels.ops._rope import tables
 from cacovid_kernels.reference.repack import IN_FRONT, IN_HEADS
 
 _OP = "repack_kv"
-_ROTATABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROTATABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LISTS = "Tensor[] keep, Tensor[] cu_seqlens, int[] keep_of, Tensor[] cos, Tensor[] sin, bool[] rotated"
 
 
@@ -158,7 +158,7 @@ def repack_kv(cache: Any, keep: Any, *, inplace: bool = False, release: bool = F
             f"{_OP}: a ragged keep gives a PackedKV, which a {type(cache).__name__} cannot hold. "
             f"Pass inplace=False, or (keys, values)."
         )
-    if rope is not None and any(x.dtype not in _ROTATABLE for x in found.keys):
+    if rope is not None and any(x.dtype not in ROTATABLE for x in found.keys):
         raise TypeError(f"{_OP}: rope needs floating keys (keys: {describe(found.keys[0])}). Convert them first.")
     shape_of = [shapes[layer_keeps.index(j)] for j in range(len(keeps))]
     cos, sin = tables(_OP, rope, keeps, shape_of, min(x.shape[3] for x in found.keys))

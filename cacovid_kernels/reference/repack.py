@@ -10,7 +10,7 @@ from cacovid_kernels._bits import as_bits
 ELSEWHERE, IN_HEADS, IN_FRONT = 0, 1, 2
 
 
-def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Columns j and j + half of [..., D] are a pair, turned by the angle of cos[..., j] and sin[..., j]."""
     half = cos.shape[-1]
     wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
@@ -37,7 +37,7 @@ def _kept_rows(x: Tensor, keep: Tensor, cu_seqlens: Tensor | None, table: tuple[
             batch, head = s // h, s % h
         rows = as_bits(x)[batch, head, inside].view(x.dtype)
     if table is not None:
-        rows = _rotate(rows, *table)
+        rows = rotate(rows, *table)
     return as_bits(rows).masked_fill(outside, 0).view(x.dtype)
 
 
