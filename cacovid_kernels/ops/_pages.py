@@ -161,8 +161,8 @@ def _mark(blocks: Tensor, rows: Tensor, marked: Tensor, block_size: int) -> None
     """Marks the logical blocks [B, M] of those rows [b, h, K] that are marked."""
     b = blocks.shape[0]
     hits = torch.zeros_like(blocks, dtype=torch.int32)
-    at = (rows.clamp(min=0) // block_size).expand(b, -1, -1).reshape(b, -1)
-    hits.scatter_add_(1, at, marked.int().expand(b, -1, -1).reshape(b, -1))
+    at = (rows.clamp(min=0) // block_size).expand(b, -1, -1).flatten(1)
+    hits.scatter_add_(1, at, marked.int().expand(b, -1, -1).flatten(1))
     blocks |= hits > 0
 
 

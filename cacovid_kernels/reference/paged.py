@@ -18,7 +18,7 @@ def _slots(table: Tensor, rows: Tensor, limit: Tensor, blocks: int, block_size: 
     b, m = table.shape
     inside = (rows >= 0) & (rows < limit) & (rows < m * block_size)  # [B, h, K]
     logical = (rows // block_size).clamp(0, m - 1)
-    block = table.long().gather(1, logical.reshape(b, -1)).view(rows.shape)
+    block = table.long().gather(1, logical.flatten(1)).view(rows.shape)
     inside = inside & (block >= 0) & (block < blocks)
     return torch.where(inside, block * block_size + rows % block_size, -1)
 
