@@ -5,7 +5,7 @@
 #include <functional>
 #include <memory>
 
-#include "repack_calls.h"
+#include "paged_calls.h"
 #include "select_calls.h"
 
 namespace cacovid::test {
@@ -190,6 +190,20 @@ inline OpCall call_repack(Random& random) {
   };
 }
 
+inline OpCall call_paged(Random& random) {
+  const auto call = std::make_shared<PagedCall>(random, random.chance(60), random.chance(30));
+  const uint64_t seed = random.next();
+  return [=](int threads) {
+    Random outputs(seed);
+    uint64_t digest = 0;
+    const std::vector<int32_t> tables = call->run(outputs, threads, [&](size_t t, const char* bytes, int64_t count) {
+      digest = digest_of(digest, bytes, count, call->tensors[t].x.dtype);
+    });
+    return digest_of(digest, reinterpret_cast<const char*>(tables.data()), 4 * static_cast<int64_t>(tables.size()),
+                     DType::i32);
+  };
+}
+
 inline cpu::DrawKey random_key(Random& random) {
   const uint64_t seed = random.pick({uint64_t{0}, ~uint64_t{0}, random.next()});
   const uint32_t step = random.pick({0u, ~0u, static_cast<uint32_t>(random.next())});
@@ -278,9 +292,9 @@ inline OpCall call_combinations(Random& random) {
 
 inline OpCall random_call(Random& random) {
   using Maker = OpCall (*)(Random&);
-  constexpr Maker makers[] = {call_select, call_topk,   call_pool,     call_gather,      call_scatter,
-                              call_repack, call_gumbel, call_log_prob, call_combinations};
-  return makers[random.range(0, 8)](random);
+  constexpr Maker makers[] = {call_select, call_topk,  call_pool,   call_gather,   call_scatter,
+                              call_repack, call_paged, call_gumbel, call_log_prob, call_combinations};
+  return makers[random.range(0, static_cast<int64_t>(std::size(makers)) - 1)](random);
 }
 
 }  // namespace cacovid::test

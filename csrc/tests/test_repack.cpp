@@ -3,30 +3,6 @@
 namespace cacovid::test {
 namespace {
 
-// One row: copied, or rotated in pairs with every product and sum rounded to float32 (float64 for f64).
-void naive_row(const RandomTensor& x, int64_t row, const cpu::KeptRows& k, bool rotated, const float* cos,
-               const float* sin, std::vector<char>& out) {
-  const int64_t columns = x.view.sizes[3], item = item_size(x.view.dtype);
-  for (int64_t c = 0; c < columns; ++c) {
-    const char* at = x.at(row * columns + c);
-    char bytes[8];
-    std::memcpy(bytes, at, static_cast<size_t>(item));
-    if (rotated && c < 2 * k.half) {
-      const int64_t j = c % k.half;
-      const double own = x.value(row * columns + c), other = x.value(row * columns + (c + k.half) % (2 * k.half));
-      const double turn = c < k.half ? -static_cast<double>(sin[j]) : static_cast<double>(sin[j]);
-      if (x.view.dtype == DType::f64) {
-        store_value(bytes, DType::f64, own * static_cast<double>(cos[j]) + other * turn);
-      } else {
-        const float stay = static_cast<float>(own) * cos[j],
-                    come = static_cast<float>(other) * static_cast<float>(turn);
-        store_value(bytes, x.view.dtype, static_cast<double>(stay + come));
-      }
-    }
-    out.insert(out.end(), bytes, bytes + item);
-  }
-}
-
 // The kept rows of all heads, one after another.
 std::vector<char> naive_rows(const RepackCall& call, size_t t) {
   const cpu::CacheTensor& tensor = call.tensors[t];
@@ -77,17 +53,6 @@ std::vector<char> naive_memory(const RepackCall& call, size_t t) {
     }
   }
   return memory;
-}
-
-bool same_memory(const char* bytes, const std::vector<char>& expected, DType dtype) {
-  const int64_t item = item_size(dtype);
-  for (size_t i = 0; i < expected.size(); i += static_cast<size_t>(item)) {
-    if (std::memcmp(bytes + i, expected.data() + i, static_cast<size_t>(item)) == 0) continue;
-    if (!is_floating(dtype)) return false;
-    const double a = value_of(bytes + i, dtype), b = value_of(expected.data() + i, dtype);
-    if (a == a || b == b) return false;
-  }
-  return true;
 }
 
 TEST(repacks_as_the_naive_implementation) {
