@@ -29,6 +29,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCACOVID_SANITIZE={os.environ.get('CACOVID_SANITIZE', '')}",
+            f"-DCACOVID_CUDA={os.environ.get('CACOVID_CUDA', 'auto')}",
         ]  # fmt: skip
         # cmake and ninja may be installed beside this Python without its bin folder being on the path.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

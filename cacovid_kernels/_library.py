@@ -35,8 +35,8 @@ class Op:
         self.dispatch = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def _run(self, first: Any, *rest: Any) -> Any:
-        device = (first if isinstance(first, Tensor) else first[0]).device
-        return _backend.implementation(self.family, self.name, device)(first, *rest)
+        tensor = first if isinstance(first, Tensor) else first[0]
+        return _backend.implementation(self.family, self.name, tensor)(first, *rest)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the op; the first argument is a tensor, or a list of tensors, of the device that serves it."""

@@ -26,6 +26,8 @@ struct Names {
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
+  PyObject* get_device = PyUnicode_InternFromString("get_device");
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* numel = PyUnicode_InternFromString("numel");
 };
@@ -46,16 +48,31 @@ DType find_dtype(py::handle dtype, const char* name) {
   throw py::type_error(std::string(name) + ": dtype " + py::str(dtype).cast<std::string>() + " is not supported");
 }
 
+#if defined(CACOVID_CUDA_EMULATED)
+constexpr bool emulated = true;  // kernels run on CPU tensors
+#else
+constexpr bool emulated = false;
+#endif
+
+bool lies_on(PyObject* tensor, int device) {
+  const Names& n = names();
+  if (device == cpu_device || emulated) return own(PyObject_GetAttr(tensor, n.is_cpu)).ptr() == Py_True;
+  return own(PyObject_GetAttr(tensor, n.is_cuda)).ptr() == Py_True &&
+         PyLong_AsLong(own(PyObject_CallMethodNoArgs(tensor, n.get_device)).ptr()) == device;
+}
+
+std::string name_of(int device) { return device == cpu_device ? "CPU" : "cuda:" + std::to_string(device); }
+
 }  // namespace
 
 void fail(const std::string& message) { throw std::invalid_argument(message); }
 
-Tensor to_tensor(py::handle tensor, const char* name) {
+Tensor to_tensor(py::handle tensor, const char* name, int device) {
   Tensor t;
   if (tensor.is_none()) return t;
   const Names& n = names();
   PyObject* object = tensor.ptr();
-  check(own(PyObject_GetAttr(object, n.is_cpu)).ptr() == Py_True, name, " must be a CPU tensor");
+  if (!lies_on(object, device)) fail(std::string(name) + " must be a " + name_of(device) + " tensor");
   t.dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
   t.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr());
   check(reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(item_size(t.dtype)) == 0, name,
@@ -83,10 +100,10 @@ int64_t grid_tokens(const std::vector<int64_t>& grid_thw, size_t video) {
   return t * h * w;
 }
 
-std::vector<Tensor> to_tensors(const py::sequence& tensors, const char* name) {
+std::vector<Tensor> to_tensors(const py::sequence& tensors, const char* name, int device) {
   std::vector<Tensor> result;
   result.reserve(tensors.size());
-  for (const py::handle item : tensors) result.push_back(to_tensor(item, name));
+  for (const py::handle item : tensors) result.push_back(to_tensor(item, name, device));
   return result;
 }
 
@@ -112,15 +129,14 @@ constexpr DType dtype_of<double>() {
 }  // namespace
 
 template <class T>
-T* output(py::handle tensor, const char* name, int64_t count) {
+T* output(py::handle tensor, const char* name, int64_t count, int device) {
   const Names& n = names();
   PyObject* object = tensor.ptr();
-  const bool on_cpu = own(PyObject_GetAttr(object, n.is_cpu)).ptr() == Py_True;
   const bool contiguous = own(PyObject_CallMethodNoArgs(object, n.is_contiguous)).ptr() == Py_True;
   const DType dtype = find_dtype(own(PyObject_GetAttr(object, n.dtype)), name);
   const int64_t numel = PyLong_AsLongLong(own(PyObject_CallMethodNoArgs(object, n.numel)).ptr());
-  if (!on_cpu || !contiguous || dtype != dtype_of<T>() || numel != count) {
-    fail(std::string(name) + " must be a contiguous CPU tensor with " + std::to_string(count) +
+  if (!lies_on(object, device) || !contiguous || dtype != dtype_of<T>() || numel != count) {
+    fail(std::string(name) + " must be a contiguous " + name_of(device) + " tensor with " + std::to_string(count) +
          " elements of the op's type");
   }
   T* data = static_cast<T*>(PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(object, n.data_ptr)).ptr()));
@@ -128,9 +144,18 @@ T* output(py::handle tensor, const char* name, int64_t count) {
   return data;
 }
 
-template int64_t* output<int64_t>(py::handle, const char*, int64_t);
-template int32_t* output<int32_t>(py::handle, const char*, int64_t);
-template float* output<float>(py::handle, const char*, int64_t);
-template double* output<double>(py::handle, const char*, int64_t);
+template int64_t* output<int64_t>(py::handle, const char*, int64_t, int);
+template int32_t* output<int32_t>(py::handle, const char*, int64_t, int);
+template float* output<float>(py::handle, const char*, int64_t, int);
+template double* output<double>(py::handle, const char*, int64_t, int);
+
+#if defined(CACOVID_CUDA)
+void check_launch(const char* op, int error) {
+  if (error == 0) return;
+  throw std::runtime_error(std::string(op) + ": CUDA error " + std::to_string(error) + " at launch, " +
+                           cuda::error_text(error) +
+                           ". Run `python -m cacovid_kernels doctor`, or use backend 'triton'.");
+}
+#endif
 
 }  // namespace cacovid::python

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def served_by(monkeypatch, device: str) -> str:
     """Name of the backend that would serve tensors of a device that need not exist."""
     monkeypatch.setattr(_backend, "_implementation", lambda backend, family, op: backend)
     monkeypatch.setattr(_backend, "_cpu_engine_by_default", False)
-    return _backend.implementation("select", "select_tokens", torch.device(device))
+    tensor = SimpleNamespace(device=torch.device(device), numel=lambda: 100)
+    return _backend.implementation("score", "head_scores", tensor)
 
 
 def test_auto_takes_the_engine_for_cpu_tensors_and_triton_for_cuda_tensors(monkeypatch):

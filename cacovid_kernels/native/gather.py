@@ -12,7 +12,7 @@ from cacovid_kernels.native import CPU, engine, num_threads
 from cacovid_kernels.native._memory import empty_tensors
 
 
-def _flat(index: Tensor) -> Tensor:
+def flat_index(index: Tensor) -> Tensor:
     if index.dim() == 1 and index.dtype is torch.int64 and index.is_contiguous():
         return index
     return index.reshape(-1).to(torch.int64).contiguous()
@@ -40,7 +40,7 @@ def gather_rows_out(xs: list[Tensor], index: Tensor, dims: list[int], outs: list
 def _gather(xs: list[Tensor], index: Tensor, dims: list[int], fresh: bool, outs: list[Tensor]) -> None:
     # A 0-d result is one element; the engine knows tensors of 1 to 8 dimensions.
     targets = [as_bits(out if out.dim() <= 8 and out.dim() else out.reshape(-1)) for out in outs]
-    engine().gather_rows([as_bits(x) for x in xs], _flat(index), dims, fresh, num_threads(), targets)
+    engine().gather_rows([as_bits(x) for x in xs], flat_index(index), dims, fresh, num_threads(), targets)
 
 
 def scatter_rows(grads: list[Tensor], index: Tensor, sizes: list[int], dims: list[int]) -> list[Tensor]:
@@ -51,5 +51,5 @@ def scatter_rows(grads: list[Tensor], index: Tensor, sizes: list[int], dims: lis
         outs.append(torch.empty((*outer, size, *inner), dtype=grad.dtype, device=CPU))
     flat = [grad.contiguous().reshape(-1) for grad in grads]
     targets = [out.reshape(-1) for out in outs]
-    engine().scatter_rows(flat, _flat(index), shapes, True, num_threads(), targets)
+    engine().scatter_rows(flat, flat_index(index), shapes, True, num_threads(), targets)
     return outs

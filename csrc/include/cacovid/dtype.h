@@ -4,11 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cacovid/host_device.h"
+
 namespace cacovid {
 
 enum class DType : int32_t { f32, f16, bf16, f64, i64, i32, i16, i8, u8, b8 };
 
-constexpr int64_t item_size(DType t) {
+CACOVID_HD constexpr int64_t item_size(DType t) {
   switch (t) {
     case DType::f64:
     case DType::i64: return 8;
@@ -21,32 +23,30 @@ constexpr int64_t item_size(DType t) {
   }
 }
 
-constexpr bool is_floating(DType t) {
+CACOVID_HD constexpr bool is_floating(DType t) {
   return t == DType::f32 || t == DType::f16 || t == DType::bf16 || t == DType::f64;
 }
 
 // Storage bits to float, exact for every input. Branch-free, so that loops over them vectorise.
-inline __attribute__((always_inline)) float bits_to_float(uint32_t bits) {
+CACOVID_HD float bits_to_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline __attribute__((always_inline)) uint32_t float_to_bits(float x) {
+CACOVID_HD uint32_t float_to_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-inline __attribute__((always_inline)) float load_float(float x) { return x; }
+CACOVID_HD float load_float(float x) { return x; }
 struct bf16_t {
   uint16_t bits;
 };
-inline __attribute__((always_inline)) float load_float(bf16_t x) {
-  return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
-}
+CACOVID_HD float load_float(bf16_t x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 struct f16_t {
   uint16_t bits;
 };
-inline __attribute__((always_inline)) float load_float(f16_t x) {
+CACOVID_HD float load_float(f16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
   // Shift the exponent from bias 15 to 127. A subnormal joins 2^-14 and leaves it again: no operand is subnormal

@@ -1,18 +1,12 @@
 // Arithmetic with one answer everywhere: float64 from add, multiply, divide and bit casts, sums in
 // 64-bit fixed point. Compilers must not contract (a * b + c) here: the build passes
-// -ffp-contract=off, CUDA uses -fmad=false for this header's users.
+// -ffp-contract=off, CUDA sources are compiled with -fmad=false.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define CACOVID_HD __host__ __device__ __forceinline__
-#else
-// Always inlined: one source is compiled for several instruction sets, and a shared out-of-line copy
-// could be the one that the running CPU does not have.
-#define CACOVID_HD inline __attribute__((always_inline))
-#endif
+#include "cacovid/host_device.h"
 
 namespace cacovid {
 

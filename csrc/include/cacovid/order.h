@@ -10,7 +10,7 @@ constexpr uint32_t key_neginf = 0x007fffffu;
 constexpr uint32_t key_posinf = 0xff800000u;
 
 // Larger key = ranked earlier. Monotone in the score; every NaN maps to 0.
-inline __attribute__((always_inline)) uint32_t order_key(float x) {
+CACOVID_HD uint32_t order_key(float x) {
   uint32_t bits = float_to_bits(x);
   bits = bits == 0x80000000u ? 0 : bits;  // -0 = +0; not by adding, which may flush subnormal scores to zero
   const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
@@ -18,9 +18,9 @@ inline __attribute__((always_inline)) uint32_t order_key(float x) {
 }
 
 // One integer per candidate: comparing them compares (key, lower index first).
-inline __attribute__((always_inline)) uint64_t rank_word(uint32_t key, uint32_t index) {
+CACOVID_HD uint64_t rank_word(uint32_t key, uint32_t index) {
   return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~index);
 }
-inline __attribute__((always_inline)) uint32_t rank_index(uint64_t word) { return ~static_cast<uint32_t>(word); }
+CACOVID_HD uint32_t rank_index(uint64_t word) { return ~static_cast<uint32_t>(word); }
 
 }  // namespace cacovid

@@ -5,13 +5,13 @@
 
 namespace cacovid {
 
-inline __attribute__((always_inline)) void store_float(float* to, float x) { *to = x; }
-inline __attribute__((always_inline)) void store_float(bf16_t* to, float x) {
+CACOVID_HD void store_float(float* to, float x) { *to = x; }
+CACOVID_HD void store_float(bf16_t* to, float x) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
-inline __attribute__((always_inline)) void store_float(f16_t* to, float x) {
+CACOVID_HD void store_float(f16_t* to, float x) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t sign = magnitude > 0x7f800000u ? 0u : (bits >> 16) & 0x8000u;

@@ -1,0 +1,37 @@
+"""Which GPU backend answers an op under "auto": one table, by op and shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """The backend for first tensors of up to `most` elements."""
+
+    most: float
+    backend: str
+    reason: str
+
+
+ALL = float("inf")
+# Files under bench/results/ that the rules rest on. None: their order is a guess from instruction and byte counts.
+MEASURED: tuple[str, ...] = ()
+
+_LATENCY = "the time of one launch: no Python between the check of its arguments and the driver"
+_COPY = "as many bytes in flight, and a launch that costs less"
+TABLE: dict[str, tuple[Rule, ...]] = {
+    "gather_rows": (Rule(ALL, "cuda", _COPY),),
+    "gather_rows_out": (Rule(ALL, "cuda", _COPY),),
+}
+_ELSE = (Rule(ALL, "triton", "there is no CUDA kernel for it"),)
+
+
+def rules(op: str) -> tuple[Rule, ...]:
+    """The rules of an op, by rising size."""
+    return TABLE.get(op, _ELSE)
+
+
+def order(op: str, elements: int) -> tuple[str, ...]:
+    """The GPU backends that can serve an op whose first tensor has so many elements, the better one first."""
+    best = next(rule.backend for rule in rules(op) if elements <= rule.most)
+    return (best,) if op not in TABLE else (best, "cuda" if best == "triton" else "triton")

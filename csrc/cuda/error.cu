@@ -1,0 +1,9 @@
+#include <cuda_runtime.h>
+
+#include "cacovid/cuda.h"
+
+namespace cacovid::cuda {
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace cacovid::cuda
