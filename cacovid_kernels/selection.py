@@ -8,6 +8,7 @@ from enum import IntFlag
 from functools import reduce
 from itertools import accumulate
 from operator import or_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,22 @@ def raise_if_flagged(op: str, status: Tensor, what: str, fatal: Status = ~Status
             raise ValueError(f'{op}: {what} {row} has {flags} values. Clean them, or pass check="flag".')
 
 
+def kept_mask(indices: Tensor, num_tokens: int) -> Tensor:
+    """`[K]` flat positions -> `[N]` bool."""
+    return torch.zeros(num_tokens, dtype=torch.bool, device=indices.device).scatter_(0, indices, True)
+
+
+def kept_positions(indices: Tensor, lengths: Sequence[int], grid_thw: Sequence[tuple[int, int, int]]) -> Tensor:
+    """`[K]` flat positions -> `[3, K]` frame, row and column in the video of each."""
+    first, parts = 0, [indices.new_empty(3, 0)]
+    for kept, (t, h, w) in zip(indices.split(list(lengths)), grid_thw, strict=True):
+        token = kept - first
+        column, line = token % w, torch.div(token, w, rounding_mode="floor")
+        parts.append(torch.stack([torch.div(line, h, rounding_mode="floor"), line % h, column]))
+        first += t * h * w
+    return torch.cat(parts, 1)
+
+
 def _bits_of_rows(status: Tensor) -> Tensor:
     """`[R, T]` -> `[R]`: the bits that any entry of a row has. torch has no reduction by OR."""
     return reduce(or_, ((status & flag.value).amax(1) for flag in Status if flag))
@@ -49,6 +66,14 @@ def status_of_videos(frame_status: Tensor, grid_thw: Sequence[tuple[int, int, in
     return torch.cat([_bits_of_rows(video[None]) for video in frame_status.split(frames)])
 
 
+class Layout(NamedTuple):
+    """Where the kept tokens of a selection lie."""
+
+    cu_seqlens: Tensor  # [B + 1] int32
+    mask: Tensor  # [N] bool
+    positions: Tensor  # [3, K] int64
+
+
 @dataclass(eq=False)
 class Selection:
     """Kept tokens of a batch of videos, packed along one token axis.
@@ -60,6 +85,9 @@ class Selection:
         frame_status: `[F]` int32, bits of `Status` per frame: what was odd about its tokens' scores or its own.
         lengths: kept tokens per video, known on the host.
         grid_thw: frames, rows and columns per video, known on the host.
+        tokens: `[K, D]` kept rows of the tokens that were given to `select_tokens`, else None.
+        layout: what `select_tokens` was told to write in the same launch, else None: `mask`, `positions` and
+            `cu_seqlens` then answer from it.
     """
 
     indices: Tensor
@@ -67,6 +95,8 @@ class Selection:
     frame_status: Tensor
     lengths: tuple[int, ...]
     grid_thw: tuple[tuple[int, int, int], ...]
+    tokens: Tensor | None = None
+    layout: Layout | None = None
 
     @property
     def status(self) -> Tensor:
@@ -81,12 +111,19 @@ class Selection:
     @property
     def cu_seqlens(self) -> Tensor:
         """`[B + 1]` int32 prefix sums of `lengths`, as variable-length attention takes them."""
+        if self.layout is not None:
+            return self.layout.cu_seqlens
         return numbers_on(self.indices.device, [0, *accumulate(self.lengths)], torch.int32)
 
     def mask(self) -> Tensor:
         """`[N]` bool over the packed token axis: true where a token is kept."""
-        mask = torch.zeros(self.num_tokens, dtype=torch.bool, device=self.indices.device)
-        return mask.scatter_(0, self.indices, True)
+        return self.layout.mask if self.layout is not None else kept_mask(self.indices, self.num_tokens)
+
+    def positions(self) -> Tensor:
+        """`[3, K]` int64: frame, row and column of every kept token in its video, in the order of `indices`."""
+        if self.layout is not None:
+            return self.layout.positions
+        return kept_positions(self.indices, self.lengths, self.grid_thw)
 
     def padded_indices(self, side: str = "left") -> Tensor:
         """`[B, max(lengths)]` int64: the indices of each video, padded with -1 on `side` ("left" or "right")."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels.native import CPU, engine, num_threads
+from cacovid_kernels.native.gather import gather_rows
+from cacovid_kernels.reference.select import kept_by
 
 
 def allocate_budget(
@@ -45,6 +47,10 @@ def select_tokens(
         strict, fill, by_score, num_threads(), indices, frame_counts, frame_status,
     )  # fmt: skip
     return indices, frame_counts, frame_status
+
+
+def select_kept(*args):
+    return kept_by(select_tokens, gather_rows, *args)
 
 
 def segmented_topk(scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,9 @@ from cacovid_kernels.ops._checks import (
     parse_budget,
     parse_grid,
 )
-from cacovid_kernels.selection import Selection, raise_if_flagged, status_of_videos
+from cacovid_kernels.ops._kept import check_tokens, select_kept
+from cacovid_kernels.ops.gather import gather_tokens
+from cacovid_kernels.selection import Layout, Selection, raise_if_flagged, status_of_videos
 
 _BUDGET = (
     "SymInt[] grid_thw, SymInt[] num_keep, float? keep_ratio, float importance_ratio, "
@@ -137,6 +139,8 @@ def select_tokens(
     max_frame_ratio: float | None = None,
     fill: str = "uniform",
     order: str = "index",
+    tokens: Tensor | None = None,
+    layout: bool = False,
     mode: str = "official",
     check: str = "flag",
 ) -> Selection:
@@ -156,6 +160,10 @@ def select_tokens(
         fill: "uniform" spreads the rest over the tokens that were not chosen; "none" leaves them out: only
             floor(importance_ratio * keep_ratio * tokens) are kept, or all `num_tokens` by score.
         order: "index" (time, then space) or "score" (falling score within each video).
+        tokens: `[N, D]` what the scores belong to, of any real dtype: its kept rows come back as
+            `Selection.tokens`, with a gradient; in CUDA C++ they are copied in the launch that selects.
+        layout: also writes `Selection.mask()`, `positions()` and `cu_seqlens` now, in CUDA C++ in the same launch;
+            else each is computed when it is asked for.
         mode: "official" reproduces the published evaluation index for index; "strict" refuses infeasible frame
             caps and spaces the fill by exact fractions.
         check: "flag" records odd scores in `Selection.status`; "raise" makes them an error, at the price of
@@ -192,13 +200,24 @@ def select_tokens(
         frame_scores = frame_scores.detach() if frame_scores.requires_grad else frame_scores
     # A number of tokens that nothing fills up is all chosen by score.
     importance = float(importance_ratio) if uniform or num_tokens is None else 1.0
-    indices, frame_counts, frame_status = _select_tokens(
-        _rows_of_frames(token_scores, grid), frame_scores, b.grid, b.num_keep, b.keep_ratio, importance,
-        b.max_frame_ratio, strict, uniform, by_score,
-    )  # fmt: skip
+    scores = _rows_of_frames(token_scores, grid)
+    ratios = (b.keep_ratio, importance, b.max_frame_ratio, strict, uniform)
+    kept_layout = None
+    if tokens is not None:
+        check_tokens(op, tokens, token_scores)
+    if (tokens is not None or layout) and not by_score:
+        indices, frame_counts, frame_status, *parts, rows = select_kept(
+            scores, frame_scores, b.grid, b.num_keep, *ratios, tokens
+        )
+        kept_layout, tokens = Layout(*parts), None if tokens is None else rows
+    else:
+        indices, frame_counts, frame_status = _select_tokens(
+            scores, frame_scores, b.grid, b.num_keep, *ratios, by_score
+        )
+        tokens = None if tokens is None else gather_tokens(tokens, indices, dim=0)
     if check == "raise":
         raise_if_flagged(op, status_of_videos(frame_status, grid), "video")
-    return Selection(indices, frame_counts, frame_status, tuple(b.num_keep), grid)
+    return Selection(indices, frame_counts, frame_status, tuple(b.num_keep), grid, tokens, kept_layout)
 
 
 def _options(op: str, mode: str, fill: str, order: str, check: str) -> tuple[bool, bool, bool]:

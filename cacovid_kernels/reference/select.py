@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from cacovid_kernels._masks import masked_positions
+from cacovid_kernels._numbers import numbers_on
+from cacovid_kernels.reference import gather
 from cacovid_kernels.reference.exact import exp_exact, from_fixed, order_key, ranking, to_fixed
+from cacovid_kernels.selection import kept_mask, kept_positions
 
 NAN, POSINF = 1, 2
 
@@ -195,6 +200,36 @@ def select_tokens(
         status.append(status_of(scores.reshape(t, h * w)) | (0 if frame is None else status_of(frame[:, None])))
         start += t * h * w
     return torch.cat(indices), torch.cat(counts), torch.cat(status)
+
+
+def kept_by(
+    select_tokens: Callable,
+    gather_rows: Callable,
+    token_scores: Tensor,
+    frame_scores: Tensor | None,
+    grid_thw: list[int],
+    num_keep: list[int],
+    keep_ratio: float | None,
+    importance_ratio: float,
+    max_frame_ratio: float | None,
+    strict: bool,
+    fill: bool,
+    tokens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`select_kept` of a backend whose selection and gather are launches of their own."""
+    indices, frame_counts, frame_status = select_tokens(
+        token_scores, frame_scores, grid_thw, num_keep, keep_ratio, importance_ratio, max_frame_ratio, strict, fill,
+        False,
+    )  # fmt: skip
+    cu_seqlens = numbers_on(indices.device, [0, *accumulate(num_keep)], torch.int32)  # [B + 1]
+    mask = kept_mask(indices, token_scores.numel())  # [N]
+    positions = kept_positions(indices, num_keep, _grids(grid_thw))  # [3, K]
+    rows = token_scores.new_empty(0) if tokens is None else gather_rows([tokens], indices, [0])[0]  # [K, D]
+    return indices, frame_counts, frame_status, cu_seqlens, mask, positions, rows
+
+
+def select_kept(*args):
+    return kept_by(select_tokens, gather.gather_rows, *args)
 
 
 def segmented_topk(scores: Tensor, cu_seqlens: list[int], k: list[int], by_score: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cacovid_kernels.reference.select import video_ratios
+from cacovid_kernels.reference.select import kept_by, video_ratios
 from cacovid_kernels.triton import radix, topk
 from cacovid_kernels.triton.budget import (
     BudgetPlan,
@@ -24,6 +24,7 @@ from cacovid_kernels.triton.budget import (
 )
 from cacovid_kernels.triton.exact import order_key, rank_word
 from cacovid_kernels.triton.fill import fill_below
+from cacovid_kernels.triton.gather import gather_rows
 from cacovid_kernels.triton.launch import block, launch
 from cacovid_kernels.triton.radix import counts_before
 from cacovid_kernels.triton.topk import kept_positions, kth_largest, segmented_topk, status_bits
@@ -195,6 +196,10 @@ def select_tokens(
     return indices, frame_counts, frame_status
 
 
+def select_kept(*args):
+    return kept_by(select_tokens, gather_rows, *args)
+
+
 def _select_run(
     scores: Tensor,
     frame_scores: Tensor | None,
@@ -250,4 +255,4 @@ def _sort_words(words: Tensor, first: int, tokens: int) -> None:
     torch.add(ranked.bitwise_not_().bitwise_and_(0xFFFFFFFF), start, out=words)
 
 
-__all__ = ["allocate_budget", "segmented_topk", "select_tokens"]
+__all__ = ["allocate_budget", "segmented_topk", "select_kept", "select_tokens"]

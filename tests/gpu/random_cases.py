@@ -81,9 +81,16 @@ def select(dice: Dice, most: int) -> Problem:
     else:
         options["num_tokens"] = [dice.values.randint(1, t * h * w) for t, h, w in grid]
 
+    together = rng.random() < 0.4  # with the layout, and the rows of the kept tokens
+    if together and rng.random() < 0.7:
+        inputs["rows"] = _random_bits(dice, [sum(t * h * w for t, h, w in grid), rng.randint(1, 40)], rng.choice(ANY))
+
     def run(x: Tensors) -> Tensors:
-        kept = ck.select_tokens(tokens(x), frames(x) if with_frames else None, grid, **options)
-        return fields(kept, "indices", "frame_counts", "frame_status", "status")
+        options["tokens"] = x.get("rows")
+        kept = ck.select_tokens(tokens(x), frames(x) if with_frames else None, grid, layout=together, **options)
+        found = fields(kept, "indices", "frame_counts", "frame_status", "status", "cu_seqlens")
+        found |= {"mask": kept.mask(), "positions": kept.positions()}
+        return found if kept.tokens is None else found | {"rows": kept.tokens}
 
     return Problem("select", lambda seed: inputs, run)
 
