@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from cacovid_kernels.triton.storage import FP32, narrow, number, pick, widen
+from cacovid_kernels.triton.storage import FP32, narrow, number, number32, pick, widen
 
 ELSEWHERE, IN_HEADS, IN_FRONT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -49,12 +49,6 @@ class Geometry(NamedTuple):
 
 
 @triton.jit
-def _count(sealed):
-    """A number below 2^31: 64-bit division is slow."""
-    return number(sealed).to(tl.int32)
-
-
-@triton.jit
 def _head_of(i_row, bounds, heads):
     """int32, the head s with bounds[s] <= i_row < bounds[s + 1], and in [0, heads) whatever the bounds hold."""
     low = tl.zeros_like(i_row).to(tl.int32)
@@ -71,14 +65,14 @@ def _head_of(i_row, bounds, heads):
 @triton.jit
 def _of_head(head, g, batch_step, head_step):
     """What belongs to a head in something that batch and heads step through."""
-    heads = _count(g.heads)
+    heads = number32(g.heads)
     return (head // heads).to(tl.int64) * number(batch_step) + (head % heads).to(tl.int64) * number(head_step)
 
 
 @triton.jit
 def _sources(unit, last, g, keep, bounds, RAGGED: tl.constexpr, ROWS: tl.constexpr):
     """Offsets of the rows that a unit keeps, in vectors, -1 for rows of zeros. From unit `last` on nothing is read."""
-    lane, rows, tiles = tl.arange(0, ROWS), number(g.rows), _count(g.tiles)
+    lane, rows, tiles = tl.arange(0, ROWS), number(g.rows), number32(g.tiles)
     count = tl.cast(unit, tl.int32)
     if RAGGED:
         i_row = unit * ROWS + lane
@@ -97,7 +91,7 @@ def _sources(unit, last, g, keep, bounds, RAGGED: tl.constexpr, ROWS: tl.constex
 @triton.jit
 def _targets(unit, g, PLACEMENT: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr):
     """Offsets of the rows that a unit writes, in vectors, which of them there are, and their rows in the tables."""
-    lane, rows, tiles = tl.arange(0, ROWS), number(g.rows), _count(g.tiles)
+    lane, rows, tiles = tl.arange(0, ROWS), number(g.rows), number32(g.tiles)
     count = tl.cast(unit, tl.int32)
     if RAGGED:
         i_row = unit * ROWS + lane
@@ -115,7 +109,7 @@ def _targets(unit, g, PLACEMENT: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _spread(column, g, APART: tl.constexpr):
+def spread(column, g, APART: tl.constexpr):
     """Offsets of columns in elements."""
     if APART:
         return (column * number(g.column_step))[None, :]
@@ -141,8 +135,8 @@ def _copy_units(
 ):  # fmt: skip
     i_column = column + tl.arange(0, COLUMNS)
     m_column = (i_column // VECTOR < number(g.columns))[None, :]  # whole vectors of lanes: the compiler sees it
-    o_read = _spread(i_column, g, APART)
-    o_written = _spread(i_column, g, APART and PLACEMENT == IN_HEADS)
+    o_read = spread(i_column, g, APART)
+    o_written = spread(i_column, g, APART and PLACEMENT == IN_HEADS)
     o_source = _sources(first, last, g, keep, bounds, RAGGED, ROWS)
     for unit in range(first, last):
         m_source = (o_source >= 0)[:, None] & m_column
@@ -153,7 +147,7 @@ def _copy_units(
             tl.debug_barrier()
         tl.store(target + (o_target * VECTOR)[:, None] + o_written, values, mask=m_target[:, None] & m_column)
     if TAIL:
-        _zero_tail(target, first.to(tl.int32) // _count(g.tiles), o_written, m_column, g, VECTOR, ROWS)
+        _zero_tail(target, first.to(tl.int32) // number32(g.tiles), o_written, m_column, g, VECTOR, ROWS)
 
 
 @triton.jit
@@ -171,8 +165,8 @@ def _turn_units(
     for unit in range(first, last):
         row = source + (o_source * VECTOR)[:, None]
         m_source = (o_source >= 0)[:, None] & m_column
-        a = widen(tl.load(row + _spread(i_low, g, APART), mask=m_source, other=0), KIND)
-        b = widen(tl.load(row + _spread(i_high, g, APART), mask=m_source, other=0), KIND)
+        a = widen(tl.load(row + spread(i_low, g, APART), mask=m_source, other=0), KIND)
+        b = widen(tl.load(row + spread(i_high, g, APART), mask=m_source, other=0), KIND)
         o_target, m_target, i_table = _targets(unit, g, PLACEMENT, RAGGED, ROWS)
         o_table = (i_table * half * VECTOR)[:, None] + i_low[None, :]
         cos = widen(tl.load(cosine + o_table, mask=m_source, other=0), FP32).to(a.dtype)
@@ -183,12 +177,12 @@ def _turn_units(
             tl.debug_barrier()
         row = target + (o_target * VECTOR)[:, None]
         m_target = m_target[:, None] & m_column
-        tl.store(row + _spread(i_low, g, APART and PLACEMENT == IN_HEADS), low, mask=m_target)
-        tl.store(row + _spread(i_high, g, APART and PLACEMENT == IN_HEADS), high, mask=m_target)
+        tl.store(row + spread(i_low, g, APART and PLACEMENT == IN_HEADS), low, mask=m_target)
+        tl.store(row + spread(i_high, g, APART and PLACEMENT == IN_HEADS), high, mask=m_target)
     if TAIL:
-        head = first.to(tl.int32) // _count(g.tiles)
-        _zero_tail(target, head, _spread(i_low, g, APART), m_column, g, VECTOR, ROWS)
-        _zero_tail(target, head, _spread(i_high, g, APART), m_column, g, VECTOR, ROWS)
+        head = first.to(tl.int32) // number32(g.tiles)
+        _zero_tail(target, head, spread(i_low, g, APART), m_column, g, VECTOR, ROWS)
+        _zero_tail(target, head, spread(i_high, g, APART), m_column, g, VECTOR, ROWS)
 
 
 @triton.jit
@@ -202,7 +196,7 @@ def move_kernel(
     With TURNED the columns of rotated tensors are taken COLUMNS / 2 pairs at a time, then the others COLUMNS at a time.
     """
     p = tl.program_id(0)
-    column_tiles, parts = _count(g.column_tiles), _count(g.parts)
+    column_tiles, parts = number32(g.column_tiles), number32(g.parts)
     i_column, part, t = p % column_tiles, p // column_tiles % parts, p // column_tiles // parts
     first = part.to(tl.int64) * number(g.units)
     last = first + number(g.units)
@@ -216,7 +210,7 @@ def move_kernel(
     if TURNED:
         PAIRS: tl.constexpr = COLUMNS // 2
         pair_tiles = tl.cdiv(number(g.half) * VECTOR, PAIRS)
-        turned = t < _count(g.rotated)
+        turned = t < number32(g.rotated)
         if turned & (i_column < pair_tiles):
             FLOATS: tl.constexpr = 4 * VECTOR if VECTOR < 4 else 16
             _turn_units(

@@ -66,7 +66,7 @@ def _repack(xs, keep, cu_seqlens, keep_of, cos, sin, rotated, placements, zero_t
     for i, (x, j) in enumerate(zip(xs, keep_of, strict=True)):
         if outs[i].numel() > 0:
             table = cos[j].shape if cos else None
-            key = (x.dtype, x.shape, x.stride(), placements[i], keep[j].shape, table, _width(x, outs[i]))
+            key = (x.dtype, x.shape, x.stride(), placements[i], keep[j].shape, table, row_width(x, outs[i]))
             groups[key].append(i)
     for (*_, width), members in groups.items():
         members.sort(key=lambda i: not rotated[i])  # those that are turned come first
@@ -85,7 +85,7 @@ def _repack(xs, keep, cu_seqlens, keep_of, cos, sin, rotated, placements, zero_t
             )  # fmt: skip
 
 
-def _width(x: Tensor, out: Tensor) -> int:
+def row_width(x: Tensor, out: Tensor) -> int:
     """The widest vector that rows of both are made of."""
     item, (*steps, column_step) = x.element_size(), x.stride()
     columns = x.shape[3]
@@ -94,7 +94,7 @@ def _width(x: Tensor, out: Tensor) -> int:
     return width_of([x, out], columns * item, *(step * item for step in steps))
 
 
-def _steps(x: Tensor) -> tuple[int, int]:
+def list_steps(x: Tensor) -> tuple[int, int]:
     """From row to row of the batch and from head to head, in lists: 0 along an axis that is shared."""
     return (x.shape[1] if x.shape[0] > 1 else 0), (1 if x.shape[1] > 1 else 0)
 
@@ -141,8 +141,8 @@ def _move(
     all_units = tiles if ragged else batch * heads * tiles
     units = {ELSEWHERE: 1, IN_HEADS: tiles, IN_FRONT: all_units}[placement]
     batch_step, head_step, row_step, column_step = xs[0].stride()
-    keep_steps = (0, 0) if ragged else _steps(keep[0])
-    table_steps = (0, 0) if ragged or not rotated else _steps(cos[0])
+    keep_steps = (0, 0) if ragged else list_steps(keep[0])
+    table_steps = (0, 0) if ragged or not rotated else list_steps(cos[0])
     tail = tokens - rows if zero_tail and placement == IN_HEADS else 0
     numbers = Geometry(
         rows=rows, tiles=tiles, units=units, parts=all_units // units, column_tiles=column_tiles, batch=batch,

@@ -20,6 +20,12 @@ def number(sealed):
 
 
 @triton.jit
+def number32(sealed):
+    """A number below 2^31 as int32: 64-bit division is slow."""
+    return number(sealed).to(tl.int32)
+
+
+@triton.jit
 def as_words(pointer, ITEM: tl.constexpr):
     """The pointer, as one to integers of ITEM bytes."""
     WORD: tl.constexpr = tl.int8 if ITEM == 1 else tl.int16 if ITEM == 2 else tl.int32 if ITEM == 4 else tl.int64
