@@ -15,7 +15,7 @@ struct Tiles {
   TokenRows tokens;
   int32_t width;         // bytes of an access
   int32_t lanes_log2;    // lanes that move one row side by side
-  int32_t across;        // accesses of a lane along a row; the others go to further rows
+  int32_t across_log2;   // accesses of a lane along a row; the others go to further rows
   int64_t rows_of_tile;  // 32 / lanes * accesses / across
   int64_t columns;       // accesses of a row
   int64_t row_tiles, column_tiles;
@@ -37,37 +37,49 @@ Tiles cut(const TokenRows& tokens, int64_t kept, int64_t first) {
   for (int32_t a = 0; a < tokens.count; ++a) {
     bits |= static_cast<uint64_t>(tokens.axes[a].source_stride | tokens.axes[a].target_stride);
   }
-  Tiles t = {tokens, widest(bits), 0, 1, 0, 0, 0, 0, first};
+  Tiles t = {tokens, widest(bits), 0, 0, 0, 0, 0, 0, first};
   t.columns = tokens.bytes / t.width;
   while ((1 << t.lanes_log2) < warp_lanes && (1 << t.lanes_log2) < t.columns) ++t.lanes_log2;
-  while (t.across < accesses && warp_lanes * t.across < t.columns) t.across *= 2;
-  t.rows_of_tile = (warp_lanes >> t.lanes_log2) * (accesses / t.across);
-  const int64_t columns_of_tile = int64_t{t.across} << t.lanes_log2;
+  while ((1 << t.across_log2) < accesses && (warp_lanes << t.across_log2) < t.columns) ++t.across_log2;
+  t.rows_of_tile = (warp_lanes >> t.lanes_log2) * (accesses >> t.across_log2);
+  const int64_t columns_of_tile = int64_t{1} << (t.lanes_log2 + t.across_log2);
   t.row_tiles = (kept + t.rows_of_tile - 1) / t.rows_of_tile;
   t.column_tiles = (t.columns + columns_of_tile - 1) / columns_of_tile;
   return t;
 }
 
-template <int Width>
-__device__ __forceinline__ void move_tile(const Tiles& t, const int64_t* index, int64_t kept, uint64_t tile, int lane) {
-  using Access = typename Word<Width>::type;
+// Where a lane begins.
+struct Start {
+  const char* source;  // of token 0
+  char* target;        // of entry 0 of the index
+  int64_t row, column;
+};
+
+__device__ __forceinline__ Start start_of(const Tiles& t, int64_t tile, int lane) {
   const Division by_column = divide(tile, t.column_tiles);
   const Division by_row = divide(by_column.quotient, t.row_tiles);
   const TokenRows::Offsets at = t.tokens.segment(by_row.quotient);
+  return {t.tokens.source + at.source, t.tokens.target + at.target,
+          by_row.remainder * t.rows_of_tile + (lane >> t.lanes_log2),
+          (by_column.remainder << (t.lanes_log2 + t.across_log2)) + (lane & ((1 << t.lanes_log2) - 1))};
+}
+
+template <int Width>
+__device__ __forceinline__ void move_tile(const Tiles& t, const Start& start, const int64_t* index, int64_t kept) {
+  using Access = typename Word<Width>::type;
   const int lanes = 1 << t.lanes_log2, rows = warp_lanes >> t.lanes_log2;
-  const int64_t first_row = by_row.remainder * t.rows_of_tile + (lane >> t.lanes_log2);
-  const int64_t first_column = by_column.remainder * (t.across * lanes) + (lane & (lanes - 1));
   Access value[accesses];
   char* target[accesses];
 #pragma unroll
   for (int i = 0; i < accesses; ++i) {
-    const int64_t row = first_row + i / t.across * rows, column = first_column + i % t.across * lanes;
+    const int64_t row = start.row + (i >> t.across_log2) * rows;
+    const int64_t column = start.column + (i & ((1 << t.across_log2) - 1)) * lanes;
     const bool wanted = row < kept && column < t.columns;
     const int64_t token = wanted ? __ldg(index + row) : -1;
     const bool inside = static_cast<uint64_t>(token) < static_cast<uint64_t>(t.tokens.tokens);
-    const char* source = t.tokens.source + at.source + token * t.tokens.source_step + column * Width;
+    const char* source = start.source + (inside ? token : 0) * t.tokens.source_step + column * Width;
     value[i] = inside ? load_once(reinterpret_cast<const Access*>(source)) : Access{};
-    target[i] = wanted ? t.tokens.target + at.target + row * t.tokens.target_step + column * Width : nullptr;
+    target[i] = wanted ? start.target + row * t.tokens.target_step + column * Width : nullptr;
   }
 #pragma unroll
   for (int i = 0; i < accesses; ++i) {
@@ -82,13 +94,13 @@ __global__ void __launch_bounds__(warps* warp_lanes) gather_kernel(const __grid_
     int number = 0;
     while (number + 1 < tensors.count && tile >= tensors.each[number + 1].first) ++number;
     const Tiles& t = tensors.each[number];
-    const uint64_t own = static_cast<uint64_t>(tile - t.first);
+    const Start start = start_of(t, tile - t.first, lane);
     switch (t.width) {
-      case 16: move_tile<16>(t, tensors.index, tensors.kept, own, lane); break;
-      case 8: move_tile<8>(t, tensors.index, tensors.kept, own, lane); break;
-      case 4: move_tile<4>(t, tensors.index, tensors.kept, own, lane); break;
-      case 2: move_tile<2>(t, tensors.index, tensors.kept, own, lane); break;
-      default: move_tile<1>(t, tensors.index, tensors.kept, own, lane); break;
+      case 16: move_tile<16>(t, start, tensors.index, tensors.kept); break;
+      case 8: move_tile<8>(t, start, tensors.index, tensors.kept); break;
+      case 4: move_tile<4>(t, start, tensors.index, tensors.kept); break;
+      case 2: move_tile<2>(t, start, tensors.index, tensors.kept); break;
+      default: move_tile<1>(t, start, tensors.index, tensors.kept); break;
     }
   }
 }

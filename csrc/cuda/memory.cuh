@@ -56,16 +56,4 @@ __device__ __forceinline__ T load_once(const T* from) {
 #endif
 }
 
-// Quotient and remainder by a positive number. Nearly always both fit 32 bits, where division is several times faster.
-struct Division {
-  uint64_t quotient, remainder;
-};
-__device__ __forceinline__ Division divide(uint64_t n, uint64_t by) {
-  if (((n | by) >> 32) == 0) {
-    const uint32_t quotient = static_cast<uint32_t>(n) / static_cast<uint32_t>(by);
-    return {quotient, static_cast<uint32_t>(n) - quotient * static_cast<uint32_t>(by)};
-  }
-  return {n / by, n % by};
-}
-
 }  // namespace cacovid::cuda

@@ -1,6 +1,7 @@
 // A tensor seen as tokens along one of its axes: what gather reads and writes.
 #pragma once
 
+#include "cacovid/division.h"
 #include "cacovid/host_device.h"
 #include "cacovid/tensor.h"
 
@@ -48,10 +49,10 @@ struct TokenRows {
   CACOVID_HD Offsets segment(int64_t number) const {
     Offsets at = {0, 0};
     for (int32_t a = count - 1; a >= 0; --a) {
-      const int64_t i = number % axes[a].size;
-      number /= axes[a].size;
-      at.source += i * axes[a].source_stride;
-      at.target += i * axes[a].target_stride;
+      const Division by = divide(number, axes[a].size);
+      number = by.quotient;
+      at.source += by.remainder * axes[a].source_stride;
+      at.target += by.remainder * axes[a].target_stride;
     }
     return at;
   }
