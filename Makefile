@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 SANITIZERS := address,undefined thread
 OUT ?= demo_out
 OLDEST_TRITON := 3.6.0
@@ -13,7 +13,7 @@ BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
 
-.PHONY: help dev demo test aot mutants bench gpu lint format sanitize wheel nightly doctor clean
+.PHONY: help dev demo test aot cuda mutants bench gpu lint format sanitize wheel nightly doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
@@ -39,6 +39,9 @@ build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 aot: $(VENV)/.built build/triton-$(OLDEST_TRITON)  ## compile every kernel for sm_80, 90 and 100 with the pinned and the oldest Triton; no GPU
 	$(call timed,kernels ahead of time,$(PY) tests/triton/aot.py && PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) tests/triton/aot.py)
 
+cuda: $(VENV)/.installed  ## compile the CUDA kernels for every architecture and check what came out; needs nvcc, no GPU
+	$(call timed,CUDA kernels ahead of time,$(PY) tests/cuda/compile.py)
+
 mutants: $(VENV)/.built  ## plant bugs in the kernels, three per family; the tests must find each (`make nightly`: all)
 	$(call timed,mutants,$(PY) tests/triton/mutate.py --each 3)
 
@@ -49,10 +52,10 @@ gpu:  ## evidence on a GPU, with its own python3: PART=tests|bench|sanitize|prof
 	$(call timed,gpu,$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) $(if $(RESULTS),--results $(RESULTS)) $(FLAGS))
 
 lint: $(VENV)/.installed  ## ruff, mypy, clang-format
-	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.inl,$(SOURCES)))
+	$(call timed,lint,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES)))
 
 format: $(VENV)/.installed  ## rewrite the sources in the house style
-	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i $(filter %.cpp %.h %.inl,$(SOURCES))
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
 
 sanitize: $(VENV)/.installed  ## run the C++ suite under ASan, UBSan and TSan
 	$(call timed,sanitizers,for s in $(SANITIZERS); do PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$$s -G Ninja -DCMAKE_BUILD_TYPE=Release -DCACOVID_SANITIZE=$$s >/dev/null && PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$$s && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/$$s --output-on-failure || exit 1; done)
