@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from baselines import combinations as combos
+from baselines import paged as pageds
 from baselines import repack as repacks
 from baselines import score as scores
 from baselines import select as selects
@@ -251,6 +252,30 @@ def repack(gpu: Device, percent: int, inplace: bool, tokens: int = 6272, rope: b
     return Race("repack", shape, contestants, inputs, check, moved, rotates=not gpu.dry, answers=answers)
 
 
+def paged(gpu: Device, percent: int) -> Race:
+    """Within the pages of 4 sequences, in blocks of 16."""
+    layers, heads, n, size, block, b = gpu.pick((28, 4, 1568, 128, 16, 4), (1, 2, 20, 16, 4, 2))
+    kept = n * percent // 100
+    blocks = torch.randperm(b * n // block, generator=torch.Generator().manual_seed(0))
+    table, lens = blocks.view(b, -1).int().to(gpu.device), torch.full((b,), n, dtype=torch.int32, device=gpu.device)
+    shape = (b * n // block, block, heads, size)
+    tensors = [normal(gpu, i, *shape, dtype=torch.bfloat16) for i in range(2 * layers)]
+
+    def all_of(tensors: list[Tensor]) -> dict[str, Callable]:
+        def ours(i: Tensor) -> list[Tensor]:
+            ck.repack_paged_kv((tensors[:layers], tensors[layers:]), table, lens, i)
+            return tensors
+
+        return {"ours": ours, **pageds.baselines(tensors, table.long())}
+
+    moved = 2 * 2 * layers * b * heads * kept * 2 * size
+    contestants = {**all_of(tensors), "copy of as many bytes": copy_of(gpu, moved)}
+    answers = {name: lambda i, name=name: all_of([x.clone() for x in tensors])[name](i) for name in all_of(tensors)}
+    inputs = [(i,) for i in disjoint(gpu, n, kept, 10)]
+    name = f"{percent}% of {layers} x {b} x {n} x {heads} x {size} bfloat16, in place"
+    return Race("paged", name, contestants, inputs, _copied_or_equal, moved, rotates=not gpu.dry, answers=answers)
+
+
 # ---- scores -------------------------------------------------------------------------------------
 
 
@@ -326,6 +351,7 @@ def races(gpu: Device) -> Iterator[tuple[str, Callable[[], Race]]]:
     yield "gather 32 combinations", lambda: gather_combinations(gpu)
     yield "gumbel rows", lambda: gumbel(gpu, 32, 196, 20, 8)
     yield "top-k 1 x 2^20", lambda: topk(gpu, 1, 2**20)
+    yield "paged 10%", lambda: paged(gpu, 10)
     yield "repack rope", lambda: repack(gpu, 10, False, rope=True)
     yield "both heads", lambda: both_heads(gpu)
     yield "gather a prompt", lambda: gather_prompt(gpu)
@@ -336,6 +362,7 @@ def races(gpu: Device) -> Iterator[tuple[str, Callable[[], Race]]]:
         yield f"gather T={frames} {percent}%", lambda t=frames, percent=percent: gather(gpu, t, percent, False)
     yield "repack 25%", lambda: repack(gpu, 25, False)
     yield "repack 25% in place", lambda: repack(gpu, 25, True)
+    yield "paged 25%", lambda: paged(gpu, 25)
     yield "combinations T=128", lambda: combinations(gpu, 128, False)
     for frames in (64, 128, 512):
         yield f"select T={frames}", lambda t=frames: select(gpu, t, False)

@@ -160,6 +160,15 @@ def _repack(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
     return (*short_keys, *short_values)
 
 
+def _repack_pages(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
+    keys = torch.randn(12, 8, 3, 16, generator=generator).to(device)
+    table = torch.randperm(12, generator=generator).view(2, 6).to(device)
+    lengths = torch.randint(20, 49, (2,), generator=generator).to(device)
+    keep = torch.randperm(20, generator=generator)[:9].sort().values.to(device)
+    kept = ck.repack_paged_kv((keys, keys + 1), table, lengths, keep)
+    return (*kept.keys, *kept.values, kept.block_table, kept.freed_blocks, kept.num_freed, kept.status)
+
+
 @torch.no_grad()
 def _score(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
     head = ck.PolicyHead(32)
@@ -179,6 +188,7 @@ PROBES: dict[str, Probe] = {
     "sample_combinations": _combine,
     "gather_tokens": _gather,
     "repack_kv": _repack,
+    "repack_paged_kv": _repack_pages,
 }
 
 

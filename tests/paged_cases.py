@@ -83,58 +83,60 @@ def ascending(rng: Random, n: int, kept: int, columns: int) -> list[int]:
     return [*sorted(rng.sample(range(n), kept)), *[-1] * (columns - kept)]
 
 
-def random_call(rng: Random, hostile: bool, in_place: bool, most: int = 4) -> Call:
-    """`hostile`: ids and positions out of range, but ascending positions in place, so that there is one answer."""
-    torch.manual_seed(rng.randrange(2**40))
+def random_call(rng: Random, hostile: bool, in_place: bool, most: int = 4, values: Random | None = None) -> Call:
+    """Shapes, dtypes and layouts come from `rng`, what tensors hold from `values` (default: both from one).
+
+    `hostile`: ids and positions out of range, but ascending positions in place, so that there is one answer.
+    """
+    values = values or rng
+    torch.manual_seed(values.randrange(2**40))
     b, m, size, heads = rng.randint(1, 3), rng.randint(1, most), rng.choice([1, 2, 3, 4, 8]), rng.randint(1, 3)
     kept = rng.randint(1, m * size)
     m2 = -(-kept // size) + rng.randint(0, 1)
     blocks = b * (m + m2) + rng.randint(0, 2)
-    ids = torch.tensor(rng.sample(range(blocks), b * (m + m2)), dtype=torch.int32)
+    half, count = rng.choice([0, 0, 1, 3, 8]), rng.randint(1, 3)
+    lists = rng.randint(1, min(count, 2))  # all of them are in use: the status speaks of those
+
+    ids = torch.tensor(values.sample(range(blocks), b * (m + m2)), dtype=torch.int32)
     table, out_table = ids[: b * m].view(b, m).contiguous(), ids[b * m :].view(b, m2).contiguous()
-    lens = [rng.randint(0, m * size) for _ in range(b)]
-    lists = rng.randint(1, 2)
-    half = rng.choice([0, 0, 1, 3, 8])
-    counts = [rng.randint(0, min(n, kept)) for n in lens]
+    lens = [values.randint(0, m * size) for _ in range(b)]
+    counts = [values.randint(0, min(n, kept)) for n in lens]
+    shortest = min(range(b), key=lambda i: lens[i])
     keep, cos, sin = [], [], []
     for _ in range(lists):
-        h = rng.choice([1, heads])
-        shared = b > 1 and rng.random() < 0.3
-        shortest = min(range(b), key=lambda i: lens[i])
-        rows = [
-            [ascending(rng, lens[i], counts[i], kept) for _ in range(h)] for i in ([shortest] if shared else range(b))
-        ]
+        h, sequences = rng.choice([1, heads]), [shortest] if rng.random() < 0.3 else range(b)
+        rows = [[ascending(values, lens[i], counts[i], kept) for _ in range(h)] for i in sequences]
         for row in (row for sequence in rows for row in sequence):
-            if not hostile or rng.random() < 0.5:
+            if not hostile or values.random() < 0.5:
                 continue
             if not in_place:
-                row[rng.randrange(kept)] = rng.choice([*ODD_POSITIONS, -5, -(2**63), 0])
+                row[values.randrange(kept)] = values.choice([*ODD_POSITIONS, -5, -(2**63), 0])
             elif row[-1] == -1:
-                row[-1] = rng.choice(ODD_POSITIONS)
+                row[-1] = values.choice(ODD_POSITIONS)
         keep.append(torch.tensor(rows))
         angles = torch.randn(rng.choice([1, b]), rng.choice([1, heads]), kept, half) * 3
-        angles[:, :, : rng.randint(0, kept)] = 0  # a prefix that is not turned
+        angles[:, :, : values.randint(0, kept)] = 0  # a prefix that is not turned
         cos.append(angles.cos())
         sin.append(angles.sin())
     if hostile:
-        lens = [rng.choice([n, n, n + 3 * size, -3, 2**31 - 1]) for n in lens]
+        lens = [values.choice([n, n, n + 3 * size, -3, 2**31 - 1]) for n in lens]
         for some in (table, out_table):
             for at in range(some.numel()):
-                if rng.random() < 0.15:
-                    some.view(-1)[at] = rng.choice([*ODD_IDS, blocks])
+                if values.random() < 0.15:
+                    some.view(-1)[at] = values.choice([*ODD_IDS, blocks])
     bases, pages, rotated = [], [], []
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(count):
         turn = half > 0 and rng.random() < 0.6
         columns = rng.choice([1, 2, 5, 8, 16, 33]) + (2 * half if turn else 0)
         base, view = laid_out(rng, [blocks, size, heads, columns], rng.choice(FLOATS if turn else ANY), turn)
         bases.append(base)
         pages.append(view)
         rotated.append(turn)
-    lists = min(lists, len(pages))  # all of them are in use: the status speaks of those
-    keep, cos, sin, keep_of = keep[:lists], cos[:lists], sin[:lists], [i % lists for i in range(len(pages))]
-    lens_tensor = torch.tensor(lens, dtype=torch.int32)
-    angles = (cos, sin) if half else ([], [])
-    return Call(bases, pages, table, lens_tensor, keep, keep_of, *angles, rotated, None if in_place else out_table)
+    keep_of, angles = [i % lists for i in range(count)], (cos, sin) if half else ([], [])
+    return Call(
+        bases, pages, table, torch.tensor(lens, dtype=torch.int32), keep, keep_of, *angles, rotated,
+        None if in_place else out_table,
+    )  # fmt: skip
 
 
 def turned_row(row: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def test_bench(runs):
         "combinations",
         "gather",
         "repack",
+        "paged",
         "score",
         "gate",
     }

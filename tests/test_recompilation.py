@@ -55,8 +55,17 @@ def repack(token, frame, rows, i):
     return ck.repack_kv(cache, kept)[1][0]
 
 
+def paged(token, frame, rows, i):
+    t, p = token.shape
+    kept = ck.select_tokens(token, frame, keep_ratio=0.25)
+    pages = torch.cat([rows.view(t, p, 1, 8), rows.view(t, p, 1, 8)])  # a frame is a block
+    table = torch.arange(t).flip(0)[None]
+    found = ck.repack_paged_kv((pages, pages * 2), table, torch.full((1,), t * p), kept)
+    return found.keys[0], found.block_table, found.freed_blocks
+
+
 CALLS = [
-    select, select_strictly, select_a_number, budget, best_of_segments, gumbel, combinations, gather, repack,
+    select, select_strictly, select_a_number, budget, best_of_segments, gumbel, combinations, gather, repack, paged,
 ]  # fmt: skip
 
 

@@ -147,12 +147,12 @@ def repack_paged_kv(
         raise ValueError(f"{_OP}: all layers must keep equally many rows, got {[k.shape[2] for k in index]}.")
     if kept == 0:
         raise ValueError(f"{_OP}: keep is empty, and attention to an empty cache is NaN. Keep at least one position.")
-    if kept > target.shape[1] * block_size:
-        name = "block_table" if out_block_table is None else "out_block_table"
-        raise ValueError(
-            f"{_OP}: {name} {list(target.shape)} has room for {target.shape[1] * block_size} rows of a sequence, keep "
-            f"has {kept}. Add blocks, or keep fewer."
-        )
+    for name, where in (("block_table", table), ("out_block_table", target)):
+        if kept > where.shape[1] * block_size:
+            raise ValueError(
+                f"{_OP}: {name} {list(where.shape)} has room for {where.shape[1] * block_size} rows of a sequence, "
+                f"keep has {kept}. Add blocks, or keep fewer."
+            )
     cos, sin = _rope_tables(rope, keeps, pages, b, rows)
     out = None if out_block_table is None else target
     if lens.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -15,7 +15,7 @@ def _slots(table: Tensor, rows: Tensor, limit: Tensor, blocks: int, block_size: 
 
     A row outside [0, limit) has none, nor one in a block whose id is outside [0, blocks).
     """
-    b, m = table.shape
+    m = table.shape[1]
     inside = (rows >= 0) & (rows < limit) & (rows < m * block_size)  # [B, h, K]
     logical = (rows // block_size).clamp(0, m - 1)
     block = table.long().gather(1, logical.flatten(1)).view(rows.shape)

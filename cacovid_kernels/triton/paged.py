@@ -136,5 +136,6 @@ def _move(
         tuple(sin), counted, *tables, g, IN_PLACE=in_place, TURNED=rotated > 0,
         KIND=KINDS[xs[0].dtype] if rotated else 0, ITEM=item, VECTOR=vector,
         APART=columns > 1 and xs[0].stride(3) != 1, ROWS=tile_rows, COLUMNS=tile_columns, BLOCK=ENTRIES,
-        num_warps=num_warps, maxnreg=255 if rotated else None,
+        num_warps=num_warps,
+        maxnreg=255 if rotated or len(keep) > 1 else None,  # left alone, ptxas spills some of these
     )  # fmt: skip

@@ -204,6 +204,40 @@ def _repack(small: bool, inplace: bool = False, rope: bool = False) -> Problem:
     return Problem("repack", lambda seed: _cache(seed, small), run, close)
 
 
+def _paged(small: bool, in_place: bool, rope: bool = False) -> Problem:
+    """Two sequences whose pages and tables are not in order; one keeps fewer rows."""
+    layers, h, n, d, size = (2, 2, 12, 16, 4) if small else (4, 4, 1024, 128, 16)
+    kept = n // 4
+    used, free = 2 * n // size, 2 * -(-kept // size)
+
+    def make(seed: int) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"{kind}{i}": normal(seed + 2 * i + j, used + free, size, h, d, dtype=torch.bfloat16)
+                   for i in range(layers) for j, kind in enumerate(("k", "v"))}  # fmt: skip
+        order = torch.randperm(used + free, generator=generator).int()
+        keep = torch.stack([ascending(seed + b, n - 3, kept) for b in range(2)])
+        keep[1, kept // 2 :] = -1
+        lens = torch.tensor([n, n - 3], dtype=torch.int32)
+        return {
+            **tensors,
+            "keep": keep,
+            "table": order[:used].view(2, -1),
+            "free": order[used:].view(2, -1),
+            "lens": lens,
+        }
+
+    def run(x: Tensors) -> Tensors:
+        keys, values = ([x[f"{kind}{i}"].clone() for i in range(layers)] for kind in "kv")
+        turned = ck.Rope(1e6 ** (-torch.arange(0, d, 2, device=x["keep"].device) / d)) if rope else None
+        where = None if in_place else x["free"]
+        found = ck.repack_paged_kv((keys, values), x["table"], x["lens"], x["keep"], out_block_table=where, rope=turned)
+        names = ("block_table", "seq_lens", "freed_blocks", "num_freed", "status")
+        return {**_named(keys, values), **fields(found, *names)}
+
+    close = frozenset(f"k{i}" for i in range(layers)) if rope else frozenset()
+    return Problem("paged", make, run, close)
+
+
 def _frame_pool(small: bool) -> Problem:
     t, p, size = (2, 6, 32) if small else (32, 196, 3584)
 
@@ -235,6 +269,9 @@ def problems(small: bool) -> dict[str, Problem]:
         "repack": _repack(small),
         "repack in place": _repack(small, inplace=True),
         "repack with rope": _repack(small, rope=True),
+        "paged in place": _paged(small, in_place=True),
+        "paged to free blocks": _paged(small, in_place=False),
+        "paged with rope": _paged(small, in_place=True, rope=True),
         "frame_pool": _frame_pool(small),
     }
 

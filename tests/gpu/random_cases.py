@@ -12,9 +12,11 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+from paged_cases import random_call
 from torch import Tensor
 
 import cacovid_kernels as ck
+from cacovid_kernels.ops import paged as paged_ops
 from cacovid_kernels.ops import repack as repack_ops
 
 from .problems import Problem, Tensors, fields
@@ -265,13 +267,38 @@ def repack(dice: Dice, most: int) -> Problem:
     return Problem("repack", lambda seed: inputs, run)
 
 
+def paged(dice: Dice, most: int) -> Problem:
+    """In place or to free blocks, in every layout, turned or not, with ids and positions out of range or not."""
+    hostile, in_place = dice.structure.random() < 0.3, dice.structure.random() < 0.6
+    call = random_call(dice.structure, hostile, in_place, most, dice.values)
+    inputs = {f"x{i}": base for i, base in enumerate(call.bases)}
+    inputs |= {"table": call.block_table, "lens": call.seq_lens}
+    inputs |= {"free": call.out_block_table} if call.out_block_table is not None else {}
+    for name, lists in (("keep", call.keep), ("cos", call.cos), ("sin", call.sin)):
+        inputs |= {f"{name}{i}": x for i, x in enumerate(lists)}
+    views = [(x.shape, x.stride(), x.storage_offset()) for x in call.pages]
+
+    def run(x: Tensors) -> Tensors:
+        bases = [x[f"x{i}"].clone() for i in range(len(views))]
+        pages = [base.as_strided(*view) for base, view in zip(bases, views, strict=True)]
+        keep, cos, sin = ([x[f"{name}{i}"] for i in range(len(call.keep)) if f"{name}{i}" in x]
+                          for name in ("keep", "cos", "sin"))  # fmt: skip
+        tables = paged_ops._repack_pages(
+            pages, x["table"], x["lens"], keep, call.keep_of, cos, sin, call.rotated, x.get("free")
+        )
+        names = ("block_table", "seq_lens", "freed_blocks", "num_freed", "status")
+        return {f"x{i}": base for i, base in enumerate(bases)} | dict(zip(names, tables, strict=True))
+
+    return Problem("paged", lambda seed: inputs, run)
+
+
 class Family(NamedTuple):
     make: Callable[[Dice, int], Problem]
     cases: int
     structures: int
 
 
-# 10,000 cases in all.
+# 11,000 cases in all.
 RANDOM = {
     "select": Family(select, 2500, 250),
     "topk": Family(topk, 1500, 150),
@@ -280,6 +307,7 @@ RANDOM = {
     "gather": Family(gather, 1000, 100),
     "gradient": Family(gradient, 500, 50),
     "repack": Family(repack, 1500, 100),
+    "paged": Family(paged, 1000, 100),
 }
 
 

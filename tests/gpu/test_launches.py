@@ -12,7 +12,7 @@ from .problems import SOME, normal, on, problems
 # Most launches of one call. The others add what autograd or torch's sort launches, or one per kind of video.
 LAUNCHES = {
     "select float32": 1, "select bfloat16": 1, "select float16": 1, "budget": 1, "top-k of rows": 1, "gumbel": 1,
-    "combinations": 1, "gather": 1, "repack": 1, "frame_pool": 2,
+    "combinations": 1, "gather": 1, "repack": 1, "paged in place": 2, "paged to free blocks": 2, "frame_pool": 2,
 }  # fmt: skip
 
 
