@@ -13,7 +13,7 @@ BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
 
-.PHONY: help dev demo test aot cuda mutants bench gpu lint format sanitize wheel nightly doctor clean
+.PHONY: help dev demo emulated test aot cuda mutants bench gpu lint format sanitize wheel nightly doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
@@ -29,9 +29,14 @@ dev: $(VENV)/.built  ## create .venv and build the native module into the checko
 demo: $(VENV)/.built  ## run the main job on a clip that it renders itself
 	$(call timed,demo,$(PY) -m cacovid_kernels demo --out $(OUT))
 
-test: $(VENV)/.built  ## run the tests, those of the Triton kernels in its interpreter
+# For tests: `python -m pytest` would import the checkout instead of build/emulated.
+emulated: $(VENV)/.built
+	$(call timed,building the CUDA kernels for the CPU,$(PY) tests/cuda/emulate.py)
+
+test: emulated  ## run the tests, those of the Triton kernels in its interpreter, of the CUDA kernels on the CPU
 	$(call timed,tests,$(PY) -m pytest tests)
 	$(call timed,kernels in the interpreter,TRITON_INTERPRET=1 $(PY) -m pytest tests/triton)
+	$(call timed,CUDA kernels on the CPU,PYTHONPATH=build/emulated $(BIN)/pytest tests/cuda)
 
 build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 	$(call timed,fetching Triton $(OLDEST_TRITON),$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $@.part triton==$(OLDEST_TRITON) && mv $@.part $@)
@@ -42,8 +47,8 @@ aot: $(VENV)/.built build/triton-$(OLDEST_TRITON)  ## compile every kernel for s
 cuda: $(VENV)/.installed  ## compile the CUDA kernels for every architecture and check what came out; needs nvcc, no GPU
 	$(call timed,CUDA kernels ahead of time,$(PY) tests/cuda/compile.py)
 
-mutants: $(VENV)/.built  ## plant bugs in the kernels, three per family; the tests must find each (`make nightly`: all)
-	$(call timed,mutants,$(PY) tests/triton/mutate.py --each 3)
+mutants: $(VENV)/.built  ## plant a few bugs per family of kernels; the tests must find each (`make nightly`: all)
+	$(call timed,mutants,$(PY) tests/triton/mutate.py --each 3 && $(PY) tests/cuda/mutate.py --each 2)
 
 bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
 	$(call timed,benchmarks,$(PY) -m pytest bench $(BENCH) $(if $(RESULTS),--save-results $(RESULTS)))
@@ -63,8 +68,8 @@ sanitize: $(VENV)/.installed  ## run the C++ suite under ASan, UBSan and TSan
 wheel: $(VENV)/.installed  ## build the wheel as pip does, without torch, and print its size
 	$(call timed,wheel,$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist . && ls -l dist)
 
-nightly: $(VENV)/.built  ## the slow checks: exhaustive and statistical, every planted bug
-	$(call timed,nightly,$(PY) -m pytest tests -m nightly && $(PY) tests/triton/mutate.py)
+nightly: emulated  ## the slow checks: exhaustive and statistical, every planted bug
+	$(call timed,nightly,$(PY) -m pytest tests -m nightly && PYTHONPATH=build/emulated $(BIN)/pytest tests/cuda -m nightly && $(PY) tests/triton/mutate.py && $(PY) tests/cuda/mutate.py)
 
 doctor: $(VENV)/.built  ## say what is built and which backends work
 	$(PY) -m cacovid_kernels doctor

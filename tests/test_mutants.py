@@ -9,10 +9,11 @@ import pytest
 
 tomllib = pytest.importorskip("tomllib")
 ROOT = Path(__file__).parents[1]
-LISTS = sorted((ROOT / "tests" / "triton" / "mutants").glob("*.toml"))
+CPP_TEST = "csrc/tests/test_cuda_{}.cpp"
+LISTS = sorted((ROOT / "tests").glob("*/mutants/*.toml"))
 
 
-@pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_every_bug_can_be_planted_in_one_place(path):
     mutants = tomllib.loads(path.read_text())["mutant"]
     assert len(mutants) >= 6
@@ -20,3 +21,7 @@ def test_every_bug_can_be_planted_in_one_place(path):
     for mutant in mutants:
         assert mutant["old"] != mutant["new"]
         assert (ROOT / mutant["file"]).read_text().count(mutant["old"]) == 1, mutant["name"]
+        if "cuda" in path.parts:
+            assert mutant.get("caught_by", "bits") in ("bits", "thread", "address")
+            check = "tests/cuda/test_cuda_{}.py" if mutant.get("caught_by", "bits") == "bits" else CPP_TEST
+            assert (ROOT / check.format(path.stem)).exists()
