@@ -7,15 +7,15 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import cacovid_kernels as ck
-from cacovid_kernels import triton
+from cacovid_kernels import _order, cuda, triton
 
 SECONDS = 1.0  # of self-test per backend
-GPU_BACKENDS = ("cuda", "triton")
 PACKAGES = ("numpy", "triton", "transformers", "safetensors", "av", "pillow", "rich")
 
 Probe = Callable[[torch.Generator, str], tuple[Tensor, ...]]  # fresh inputs from the generator -> results
@@ -27,10 +27,11 @@ def examine() -> int:
     Returns:
         0 when at least one backend works and none of the working ones gives a wrong answer, else 1.
     """
-    for section, rows in (("versions", _versions()), ("native module", _native())):
+    for section, rows in (("versions", _versions()), ("native module", _native()), (_auto_title(), _auto())):
         print(section)
+        width = max(16, *(len(name) for name, _ in rows))
         for name, value in rows:
-            print(f"  {name:<16} {value}")
+            print(f"  {name:<{width}} {value}")
     print("backends")
     usable, wrong = False, False
     for name, reason in ck.backends().items():
@@ -55,38 +56,64 @@ def self_test(backend: str, seconds: float) -> tuple[str, str]:
     Returns:
         What was right, and what went wrong (empty: nothing).
     """
-    device = "cuda" if backend in GPU_BACKENDS and not triton.INTERPRETED else "cpu"
+    on_cpu = {"cuda": cuda.EMULATED, "triton": triton.INTERPRETED}.get(backend, True)
+    device = "cpu" if on_cpu else "cuda"
+    known = 0
+    absent: set[str] = set()
     try:
         with ck.use_backend(backend):
             for name, (call, answer) in KNOWN_ANSWERS.items():
-                if (found := call(device).tolist()) != answer:
+                if (result := _unless_absent(call, device)) is None:
+                    absent.add(name)
+                elif (found := result.tolist()) != answer:
                     return "", f"{name} gave {found} instead of {answer}"
-        right = f"{len(KNOWN_ANSWERS)} known answers"
+                known += result is not None
+        right = f"{known} known answers"
         if backend == "reference":
             return right, ""
-        compared, fault = _compare(backend, device, seconds)
-        return f"{right}, {compared} results equal to the reference in {seconds:g} s", fault
+        compared, without, fault = _compare(backend, device, seconds)
+        right += f", {compared} results equal to the reference in {seconds:g} s"
+        absent |= without
+        return right + (f"; no kernels for {', '.join(sorted(absent))}" if absent else ""), fault
     except Exception as error:  # whatever is broken, the report goes on
         return "", f"{type(error).__name__}: {error}"
 
 
-def _compare(backend: str, device: str, seconds: float) -> tuple[int, str]:
-    """How many results agree with the reference, and the first op that does not."""
+def _unless_absent(call: Callable[..., Any], *args: object) -> Any:
+    """What the call returns, or None where the backend has no kernel for it."""
+    try:
+        return call(*args)
+    except RuntimeError as error:
+        if "has no kernel for" not in str(error):
+            raise
+        return None
+
+
+def _compare(backend: str, device: str, seconds: float) -> tuple[int, set[str], str]:
+    """How many results agree with the reference, what the backend has no kernels for, and the first op that differs."""
     generator = torch.Generator().manual_seed(0)
     deadline = time.monotonic() + seconds
     compared = 0
+    absent: set[str] = set()
     while not compared or time.monotonic() < deadline:
         for name, probe in PROBES.items():
+            if name in absent:
+                continue
             state = generator.get_state()
             with ck.use_backend(backend):
-                found = probe(generator, device)
+                found = _unless_absent(probe, generator, device)
+            if found is None:
+                absent.add(name)
+                continue
             generator.set_state(state)
             with ck.use_backend("reference"):
                 expected = probe(generator, device)
             if not all(_same(a, b) for a, b in zip(found, expected, strict=True)):
-                return compared, f"{name} differs from the reference backend"
+                return compared, absent, f"{name} differs from the reference backend"
             compared += 1
-    return compared, ""
+        if len(absent) == len(PROBES):
+            break
+    return compared, absent, ""
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
@@ -218,4 +245,40 @@ def _native() -> list[tuple[str, str]]:
         ("compiler", module.compiler),
         ("instructions", f"{module.cpu_isa}, chosen at run time"),
         ("threads", f"{torch.get_num_threads()}, torch.set_num_threads changes it"),
+        ("CUDA kernels", _cuda_kernels()),
     ]
+
+
+def _cuda_kernels() -> str:
+    """What the CUDA kernels were built for, and which of the GPUs here they run on."""
+    built = cuda.architectures()
+    if built is None:
+        return "none. Install again with nvcc on the path, or use Triton."
+    if cuda.EMULATED:
+        return "emulated on the CPU, for tests"
+    names = [("sm_{}" if name.endswith("-real") else "sm_{} and newer").format(name.partition("-")[0])
+             for name in built.split(",")]  # fmt: skip
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    here = [f"GPU {i}: {cuda.unsupported(built, gpu) or 'covered'}" for i, gpu in enumerate(gpus)]
+    return "; ".join([f"for {', '.join(names)}", *here])
+
+
+def _auto_title() -> str:
+    evidence = f"measured in {', '.join(_order.MEASURED)}" if _order.MEASURED else "a guess: nothing was measured yet"
+    return f'what "auto" takes for CUDA tensors ({evidence})'
+
+
+def _auto() -> list[tuple[str, str]]:
+    """For every op the GPU backends by size of its first tensor, each with the reason, or with why it cannot serve."""
+    reasons = {"cuda": cuda.unavailable("cuda"), "triton": triton.unavailable("cuda")}
+    rows = []
+    for op in sorted(torch.ops.cacovid):
+        parts = []
+        for rule in _order.rules(op):
+            upto = "" if rule.most == _order.ALL else f"up to {rule.most:,.0f} elements "
+            parts.append(f"{upto}{rule.backend}: {rule.reason}")
+        first, *others = _order.order(op, 0)
+        if reasons[first] and not all(reasons.values()):
+            parts.append(f"here {' or '.join(others) or 'reference'}, {first} cannot serve")
+        rows.append((op, "; ".join(parts)))
+    return rows

@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cacovid_kernels as ck
-from cacovid_kernels import _backend, native, triton
+from cacovid_kernels import _backend, _order, cuda, native, triton
 
+REFERENCES = sorted((Path(ck.__file__).parent / "reference").glob("*.py"))
 SCORES = torch.tensor([[1.0, 3.0, 2.0]])
 
 
@@ -23,19 +25,83 @@ def _fresh_choices():
     _backend._choose.cache_clear()
 
 
-def served_by(monkeypatch, device: str) -> str:
+def served_by(monkeypatch, device: str, op: str = "head_scores", elements: int = 100) -> str:
     """Name of the backend that would serve tensors of a device that need not exist."""
     monkeypatch.setattr(_backend, "_implementation", lambda backend, family, op: backend)
     monkeypatch.setattr(_backend, "_cpu_engine_by_default", False)
-    tensor = SimpleNamespace(device=torch.device(device), numel=lambda: 100)
-    return _backend.implementation("score", "head_scores", tensor)
+    tensor = SimpleNamespace(device=torch.device(device), numel=lambda: elements)
+    return _backend.implementation("", op, tensor)
 
 
-def test_auto_takes_the_engine_for_cpu_tensors_and_triton_for_cuda_tensors(monkeypatch):
+@pytest.fixture
+def gpu_backends(monkeypatch):
+    """Sets which GPU backends can serve."""
+
+    def set_them(**reasons: str) -> None:
+        monkeypatch.setattr(cuda, "unavailable", lambda device_type=None: reasons.get("cuda", ""))
+        monkeypatch.setattr(triton, "unavailable", lambda device_type=None: reasons.get("triton", ""))
+        _backend._choose.cache_clear()
+
+    set_them()
+    return set_them
+
+
+def test_auto_takes_the_engine_for_cpu_tensors(monkeypatch, gpu_backends):
     monkeypatch.setattr(native, "unavailable", "")
-    monkeypatch.setattr(triton, "unavailable", lambda device_type=None: "")
     assert served_by(monkeypatch, "cpu") == "cpu"
-    assert served_by(monkeypatch, "cuda") == "triton"
+    assert served_by(monkeypatch, "cpu", "gather_rows") == "cpu"
+
+
+def test_auto_takes_cuda_where_there_is_a_kernel_else_triton(monkeypatch, gpu_backends):
+    assert served_by(monkeypatch, "cuda", "gather_rows") == "cuda"
+    assert served_by(monkeypatch, "cuda", "head_scores") == "triton"
+
+
+def test_auto_takes_the_other_gpu_backend_where_one_cannot_serve(monkeypatch, gpu_backends):
+    gpu_backends(cuda="it was built without nvcc")
+    assert served_by(monkeypatch, "cuda", "gather_rows") == "triton"
+    gpu_backends(triton="it is missing")
+    assert served_by(monkeypatch, "cuda", "gather_rows") == "cuda"
+    with pytest.warns(UserWarning, match="'triton' cannot serve here: it is missing"):
+        assert served_by(monkeypatch, "cuda", "head_scores") == "reference"
+
+
+def test_auto_can_change_its_mind_with_the_size(monkeypatch, gpu_backends):
+    small, large = _order.Rule(1000, "cuda", "small"), _order.Rule(_order.ALL, "triton", "large")
+    monkeypatch.setitem(_order.TABLE, "gather_rows", (small, large))
+    assert [served_by(monkeypatch, "cuda", "gather_rows", n) for n in (0, 1000, 1001, 2**40)] == [
+        "cuda", "cuda", "triton", "triton",
+    ]  # fmt: skip
+
+
+def test_every_rule_is_for_an_op_that_has_the_kernel():
+    """And every CUDA kernel has its rule, or "auto" would never take it."""
+    families = {op: op_family(op) for op in torch.ops.cacovid}
+    assert _order.TABLE.keys() <= families.keys()
+    for op, family in families.items():
+        served = {name: has_kernel(name, family, op) for name in ("cuda", "triton")}
+        assert served["cuda"] == (op in _order.TABLE), op
+        assert served["triton"], op
+        assert _order.rules(op)[-1].most == _order.ALL
+        assert all(rule.reason and served[rule.backend] for rule in _order.rules(op))
+
+
+def test_an_op_without_a_cuda_kernel_names_the_remedy():
+    with pytest.raises(RuntimeError) as caught:
+        _backend._implementation("cuda", "score", "head_scores")
+    assert str(caught.value) == "backend 'cuda' has no kernel for head_scores. Use 'auto', which knows who has."
+
+
+def op_family(op: str) -> str:
+    """The family of an op, from where its reference stands."""
+    return next(path.stem for path in REFERENCES if f"def {op}(" in path.read_text())
+
+
+def has_kernel(backend: str, family: str, op: str) -> bool:
+    try:
+        return callable(_backend._implementation(backend, family, op))
+    except RuntimeError:
+        return False
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
@@ -72,6 +138,64 @@ def test_triton_refuses_tensors_that_are_not_on_its_device(monkeypatch):
         ck.segmented_topk(SCORES, 2)
 
 
+@pytest.mark.skipif(cuda.EMULATED or torch.cuda.is_available(), reason="CUDA kernels run here")
+def test_cuda_without_a_gpu_names_cause_and_remedy():
+    with (
+        ck.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"backend 'cuda' cannot serve here: .+ (use|Install)"),
+    ):
+        ck.gather_tokens(SCORES, torch.tensor([0]), dim=0)
+    assert "\n" not in ck.backends()["cuda"]
+
+
+@pytest.fixture
+def built_for(monkeypatch):
+    """Pretends that the module has kernels for these architectures, on a machine with this GPU."""
+
+    def set_them(architectures: str | None, capability: tuple[int, int] | None = None) -> None:
+        kernels = architectures and SimpleNamespace(architectures=architectures)
+        monkeypatch.setattr(cuda, "_kernels", kernels or None)
+        monkeypatch.setattr(cuda, "EMULATED", architectures == "emulated")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    monkeypatch.setattr(native, "unavailable", "")
+    return set_them
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, device_type, words",
+    [
+        (None, (9, 0), "cuda", "has no CUDA kernels. Install with nvcc on the path, or use 'triton'."),
+        ("80-real,90", None, None, "torch sees no CUDA device. Install"),
+        ("80-real,90", (9, 0), "cpu", "it runs on CUDA tensors, not on 'cpu'. Move them"),
+        ("80-real,90", (7, 5), "cuda", "its kernels are for sm_80, sm_90, this GPU is sm_75. Use 'triton'."),
+        ("80-real,90-real", (10, 0), "cuda", "this GPU is sm_100"),
+        ("86-real", (8, 0), "cuda", "this GPU is sm_80"),
+        ("emulated", None, "cuda", "for CPU tensors, not 'cuda'"),
+        ("80-real,90", (8, 6), "cuda", ""),
+        ("80-real,90", (9, 0), None, ""),
+        ("80-real,90", (10, 3), "cuda", ""),
+        ("90", (12, 0), "cuda", ""),
+        ("emulated", None, "cpu", ""),
+    ],
+)
+def test_cuda_says_why_it_cannot_serve(built_for, architectures, capability, device_type, words):
+    built_for(architectures, capability)
+    reason = cuda.unavailable(device_type)
+    assert words in reason
+    assert bool(reason) == bool(words)
+    assert "\n" not in reason
+
+
+def test_cuda_without_a_module(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", "the compiled module is missing.")
+    assert cuda.unavailable() == "the compiled module is missing."
+    monkeypatch.setattr(cuda, "_kernels", None)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve: the compiled module is missing"):
+        cuda.kernels()
+
+
 def test_cpu_refuses_tensors_that_are_not_on_the_cpu(monkeypatch):
     with ck.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cannot serve tensors on 'cuda'\. Move them"):
         served_by(monkeypatch, "cuda")
@@ -85,7 +209,7 @@ def test_contexts_nest_and_end():
     assert _backend._forced.get() is None
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "cuda", "triton"])
 def test_the_environment_forces_a_backend(name):
     code = (
         "import torch, cacovid_kernels as ck\n"

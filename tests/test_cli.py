@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import cacovid_kernels as ck
-from cacovid_kernels import doctor
+from cacovid_kernels import _order, cuda, doctor, triton
 from cacovid_kernels.cli import main
 
 
@@ -149,6 +150,54 @@ def test_doctor_says_why_a_backend_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(ck, "backends", lambda: {"cpu": "no compiler was found", "reference": ""})
     assert main(["doctor"]) == 0
     assert "not available: no compiler was found" in capsys.readouterr().out
+
+
+def test_doctor_says_what_cuda_tensors_are_served_by(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "SECONDS", 0.0)
+    monkeypatch.setattr(ck, "backends", lambda: {"reference": ""})
+    monkeypatch.setattr(triton, "unavailable", lambda device_type=None: "")
+    monkeypatch.setattr(cuda, "unavailable", lambda device_type=None: "not built")
+    monkeypatch.setattr(_order, "MEASURED", ())
+    assert main(["doctor"]) == 0
+    page = capsys.readouterr().out
+    assert '"auto" takes for CUDA tensors (a guess: nothing was measured yet)' in page
+    gather = next(line for line in page.splitlines() if line.startswith("  gather_rows "))
+    assert re.search(r"cuda: .+; here triton, cuda cannot serve", gather)
+    assert re.search(r"head_scores +triton: there is no CUDA kernel for it\n", page)
+    monkeypatch.setattr(_order, "MEASURED", ("nvidia-h200.jsonl",))
+    monkeypatch.setattr(cuda, "unavailable", lambda device_type=None: "")
+    main(["doctor"])
+    page = capsys.readouterr().out
+    assert "(measured in nvidia-h200.jsonl)" in page
+    assert "cannot serve" not in page
+
+
+@pytest.mark.parametrize(
+    "built, text",
+    [
+        (None, "none. Install again with nvcc"),
+        ("80-real,90", "for sm_80, sm_90 and newer; GPU 0: covered; GPU 1: its kernels are for sm_80, sm_90"),
+    ],
+)
+def test_doctor_says_which_gpus_the_kernels_cover(monkeypatch, built, text):
+    monkeypatch.setattr(cuda, "architectures", lambda: built)
+    monkeypatch.setattr(cuda, "EMULATED", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 5)][device])
+    assert doctor._cuda_kernels().startswith(text)
+
+
+def test_doctor_leaves_out_what_a_backend_has_no_kernel_for(monkeypatch):
+    def absent(*args):
+        raise RuntimeError("backend 'cpu' has no kernel for fly. Use 'auto', which knows who has.")
+
+    if ck.backends()["cpu"]:
+        pytest.skip(ck.backends()["cpu"])
+    monkeypatch.setitem(doctor.KNOWN_ANSWERS, "fly", (absent, [1]))
+    right, fault = doctor.self_test("cpu", 0.0)
+    assert fault == ""
+    assert right.startswith("4 known answers")
+    assert right.endswith("; no kernels for fly")
 
 
 def _environment():

@@ -16,6 +16,11 @@ _kernels: ModuleType | None = getattr(native._C, "cuda", None)
 EMULATED = _kernels is not None and _kernels.architectures == "emulated"
 
 
+def architectures() -> str | None:
+    """What the kernels were compiled for, such as "80-real,90", or "emulated"; None where there are none."""
+    return None if _kernels is None else _kernels.architectures
+
+
 def unavailable(device_type: str | None = None) -> str:
     """Why no kernel can run here, or on tensors of this kind of device; empty if one can."""
     if native.unavailable:
@@ -31,10 +36,10 @@ def unavailable(device_type: str | None = None) -> str:
         return "torch sees no CUDA device. Install a CUDA build of torch and a driver, or use backend 'cpu'."
     if device_type not in (None, "cuda"):
         return f"it runs on CUDA tensors, not on {device_type!r}. Move them to a GPU, or use 'auto'."
-    return _unsupported(_kernels.architectures, torch.cuda.get_device_capability())
+    return unsupported(_kernels.architectures, torch.cuda.get_device_capability())
 
 
-def _unsupported(architectures: str, capability: tuple[int, int]) -> str:
+def unsupported(architectures: str, capability: tuple[int, int]) -> str:
     """Why kernels for these architectures ("80-real,90") cannot run on a device; empty if they can."""
     built = [(int(name.partition("-")[0]), not name.endswith("-real")) for name in architectures.split(",")]
     here = 10 * capability[0] + capability[1]
