@@ -117,7 +117,7 @@ def random_call(rng: Random, hostile: bool, in_place: bool, most: int = 4, value
         angles = torch.randn(rng.choice([1, b]), rng.choice([1, heads]), kept, half) * 3
         angles[:, :, : values.randint(0, kept)] = 0  # a prefix that is not turned
         cos.append(angles.cos())
-        sin.append(angles.sin())
+        sin.append(angles.sin() if values.random() < 0.8 else torch.zeros_like(angles))
     if hostile:
         lens = [values.choice([n, n, n + 3 * size, -3, 2**31 - 1]) for n in lens]
         for some in (table, out_table):
