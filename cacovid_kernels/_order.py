@@ -20,6 +20,7 @@ MEASURED: tuple[str, ...] = ()
 _LATENCY = "the time of one launch: no Python between the check of its arguments and the driver"
 _COPY = "as many bytes in flight, and a launch that costs less"
 TABLE: dict[str, tuple[Rule, ...]] = {
+    "sample_combinations": (Rule(ALL, "cuda", _LATENCY),),
     "gather_rows": (Rule(ALL, "cuda", _COPY),),
     "gather_rows_out": (Rule(ALL, "cuda", _COPY),),
 }

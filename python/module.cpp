@@ -9,6 +9,7 @@ void bind_sample(py::module_&);
 void bind_score(py::module_&);
 void bind_select(py::module_&);
 #if defined(CACOVID_CUDA)
+void bind_cuda_combinations(py::module_&);
 void bind_cuda_gather(py::module_&);
 #endif
 }  // namespace cacovid::python
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(CACOVID_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda", "CUDA kernels.");
   cuda.attr("architectures") = CACOVID_CUDA;
+  cacovid::python::bind_cuda_combinations(cuda);
   cacovid::python::bind_cuda_gather(cuda);
 #endif
 }

@@ -125,7 +125,7 @@ void frame_weights(const Tensor& scores, int64_t first, const CombinationPlan& p
   for (int64_t r = 0; r < n; ++r) share[r] = static_cast<double>(score[order[r]]) * inverse;
   const double floor = 1.0 / static_cast<double>(samples * samples);
   if (strict) {
-    cap_shares(share, std::max<int64_t>(valid, 1), 3.0 / static_cast<double>(n), n);
+    cap_shares(ShareArray{share, n}, std::max<int64_t>(valid, 1), 3.0 / static_cast<double>(n));
   } else {
     for (int64_t r = 0; r < valid; ++r) share[r] = std::max(share[r], floor);
   }

@@ -185,11 +185,9 @@ void fill_weights(const CombinationPlan& p, const float* score, const float* exp
     }
   }
   for (int64_t i = slots; i < padded16(slots); ++i) weight[i] = 0.0f;
-  const float least = 0.5f * uniform_weight(p), most = 2.0f * uniform_weight(p);
+  const float uniform = uniform_weight(p);
   for (int64_t i = 0; i < padded16(slots); ++i) {
-    const float raised = weight[i] < least ? least : weight[i];
-    const float clamped = raised > most ? most : raised;
-    weight[i] = score[i] > -__builtin_inff() ? clamped : 0.0f;
+    weight[i] = score[i] > -__builtin_inff() ? clamped_weight(weight[i], uniform) : 0.0f;
   }
 }
 
@@ -214,7 +212,7 @@ void prepare(const KeyRow& row, const CombinationPlan& plan, FrameSpace& f) {
   fill_weights(p, score, f.exps, f.log_share, f.width, f.weight);
   log_weights(f.weight, slots, f.log_weight);
   f.open = open_groups(p, f.valid);
-  cap_shares(f.share, f.open, p.group_cap, groups);
+  cap_shares(ShareArray{f.share, groups}, f.open, p.group_cap);
   for (int64_t g = 0; g < groups; ++g) f.log_share[g] = static_cast<float>(f.share[g]);
   log_weights(f.log_share, groups, f.log_share);
   for (int64_t g = 0; g < groups; ++g) f.cumulative[g] = static_cast<uint32_t>(share_weight(f.share[g]));

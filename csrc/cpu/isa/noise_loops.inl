@@ -71,19 +71,6 @@ void gumbel(const uint32_t* bits, int64_t n, float* noise) {
   for (int64_t i = 0; i < n; ++i) noise[i] = gumbel_noise(bits[i]);
 }
 
-// The score that an order key stands for (+0 for both zeros, NaN for NaN).
-inline __attribute__((always_inline)) float key_score(uint32_t key) {
-  return bits_to_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
-}
-
-// Order key of a score plus noise; 0 where the probability is zero. The sum is neither NaN nor -0, which order_key
-// would look after.
-inline __attribute__((always_inline)) uint32_t perturbed_key(uint32_t key, uint32_t bits) {
-  const uint32_t sum = float_to_bits(key_score(key) + gumbel_noise(bits));
-  const uint32_t perturbed = sum ^ (static_cast<uint32_t>(static_cast<int32_t>(sum) >> 31) | 0x80000000u);
-  return key > key_neginf ? perturbed : 0;
-}
-
 void perturb(const uint32_t* keys, const uint32_t* columns, int64_t n, const NoiseRow& row, uint32_t stream_sample,
              KeyRow& out) {
   uint32_t stream_samples[noise_block], bits[key_block];

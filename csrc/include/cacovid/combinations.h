@@ -38,36 +38,54 @@ CACOVID_HD int64_t open_groups(const CombinationPlan& p, int64_t valid) {
   return open;
 }
 
+// The shares of one thread, in an array: `size` of them are read and written, so that it can be what a vector loop
+// likes. Whoever holds shares otherwise has these functions, too.
+struct ShareArray {
+  double* share;
+  int64_t size;
+
+  CACOVID_HD double at(int64_t i) const { return share[i]; }
+  CACOVID_HD void put(int64_t i, double x) const { share[i] = x; }
+  // Makes the shares [first, n) at least `least` and returns their sum in fixed point.
+  CACOVID_HD int64_t raise(int64_t first, int64_t n, double least) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const double raised = share[i] > least ? share[i] : least;
+      const int64_t fixed = to_fixed(raised);
+      const bool racing = i >= first && i < n;
+      share[i] = racing ? raised : share[i];
+      total += racing ? fixed : 0;
+    }
+    return total;
+  }
+  // Multiplies the shares [first, n); those from n on become 0.
+  CACOVID_HD void finish(int64_t first, int64_t n, double scale) const {
+    for (int64_t i = 0; i < size; ++i) share[i] = i < first ? share[i] : i < n ? share[i] * scale : 0.0;
+  }
+};
+
 // Shares (of 1) that never rise from the first to the last become probabilities: none exceeds `cap` or falls below
 // 1/n^2 of what is left for it. The largest is cut to the cap, the others are normalised again, and so on.
-// `size` >= n shares are read and written, so that it can be what a vector loop likes; the rest become 0.
-CACOVID_HD void cap_shares(double* share, int64_t n, double cap, int64_t size) {
+template <class Shares>
+CACOVID_HD void cap_shares(const Shares& shares, int64_t n, double cap) {
   const double feasible = 1.0 / static_cast<double>(n), floor = feasible * feasible;
   cap = cap > feasible ? cap : feasible;
   double rest = 1.0, norm = 1.0;  // shares from `first` on are share / norm of rest
   int64_t first = 0, total = 0;
   for (;; ++first) {
     const double least = floor * norm;
-    if (first == 0 || share[n - 1] < least) {  // the last share is the smallest: it says whether any is raised
-      total = 0;
-      for (int64_t i = 0; i < size; ++i) {
-        const double raised = share[i] > least ? share[i] : least;
-        const int64_t fixed = to_fixed(raised);
-        const bool racing = i >= first && i < n;
-        share[i] = racing ? raised : share[i];
-        total += racing ? fixed : 0;
-      }
-    }
+    // The last share is the smallest: it says whether any is raised.
+    if (first == 0 || shares.at(n - 1) < least) total = shares.raise(first, n, least);
     norm = from_fixed(total);
     cap = cap < 0.999 ? cap : 0.999;
-    if (first == n - 1 || share[first] <= cap * norm) break;
-    total -= to_fixed(share[first]);
-    share[first] = cap * rest;
+    const double largest = shares.at(first);
+    if (first == n - 1 || largest <= cap * norm) break;
+    total -= to_fixed(largest);
+    shares.put(first, cap * rest);
     rest = rest * (1.0 - cap);
     cap = cap / (1.0 - cap);
   }
-  const double scale = rest / norm;
-  for (int64_t i = 0; i < size; ++i) share[i] = i < first ? share[i] : i < n ? share[i] * scale : 0.0;
+  shares.finish(first, n, rest / norm);
 }
 
 // Shares as integers, and the one that 32 random bits fall on: the first whose running sum exceeds the threshold.
@@ -83,6 +101,11 @@ CACOVID_HD float weight_scale(double group_share, double total) {
 }
 CACOVID_HD float uniform_weight(const CombinationPlan& p) {
   return static_cast<float>(1.0 / static_cast<double>(p.tokens_per_frame / p.num_groups));
+}
+CACOVID_HD float clamped_weight(float scaled, float uniform) {
+  const float least = 0.5f * uniform, most = 2.0f * uniform;
+  const float raised = scaled < least ? least : scaled;
+  return raised > most ? most : raised;
 }
 
 }  // namespace cacovid

@@ -14,6 +14,21 @@ struct Stream {
 
 const char* error_text(int error);
 
+// ---- sample -------------------------------------------------------------------------------------
+constexpr int64_t most_combination_tokens = 2048;  // of a frame
+constexpr int64_t most_combination_frames = 2048;  // of a video, where there are frame combinations
+
+// As cpu::sample_combinations, within those limits: one launch for every 36 videos. `added_steps`, an int64 on the
+// device or null, is added to the key's step modulo 2^32. Log-probabilities agree to about float32's precision.
+//
+// packed [G, words], or null: the tokens of every combination as bits, frame after frame. A frame of P tokens has
+// ceil(P / 32) words of its own, `words` is their sum over all frames; token i of a frame is bit i % 32 of its word
+// i / 32, bits from P on are 0. So every word belongs to one frame: it is written once, by whoever draws that frame,
+// and who reads a frame of all combinations finds its tokens in as few words as possible, at one column of each row.
+int sample_combinations(Tensor token_scores, Tensor frame_scores, const CombinationPlan* plans, int64_t videos,
+                        cpu::CombinationSamples samples, cpu::DrawKey key, const int64_t* added_steps,
+                        const cpu::CombinationOutputs& out, uint32_t* packed, Stream stream);
+
 // ---- gather -------------------------------------------------------------------------------------
 // As cpu::gather_rows: one launch for every 8 tensors.
 int gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int64_t* index, int64_t kept,

@@ -10,6 +10,7 @@
 
 #include "cacovid/dtype.h"
 #include "cacovid/exact.h"
+#include "cacovid/order.h"
 
 namespace cacovid {
 
@@ -94,6 +95,14 @@ CACOVID_HD float gumbel_noise(uint32_t bits) {
   const int32_t exponent = split_exponent(1.0f - v, &mantissa);
   const float f = exponent == 0 ? -v : mantissa - 1.0f;
   return -ln_float(-fma_exact(static_cast<float>(exponent), 0.69314718056f, ln_1p_core(f)));
+}
+
+// Order key of a score plus noise; 0 where the probability is zero. The sum is neither NaN nor -0, which order_key
+// would look after.
+CACOVID_HD uint32_t perturbed_key(uint32_t key, uint32_t bits) {
+  const uint32_t sum = float_to_bits(key_score(key) + gumbel_noise(bits));
+  const uint32_t perturbed = sum ^ (static_cast<uint32_t>(static_cast<int32_t>(sum) >> 31) | 0x80000000u);
+  return key > key_neginf ? perturbed : 0;
 }
 
 }  // namespace cacovid

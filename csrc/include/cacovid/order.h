@@ -17,6 +17,9 @@ CACOVID_HD uint32_t order_key(float x) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? key_nan : bits ^ flip;
 }
 
+// The score that an order key stands for (+0 for both zeros, NaN for NaN).
+CACOVID_HD float key_score(uint32_t key) { return bits_to_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
 // One integer per candidate: comparing them compares (key, lower index first).
 CACOVID_HD uint64_t rank_word(uint32_t key, uint32_t index) {
   return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~index);
