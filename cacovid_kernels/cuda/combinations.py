@@ -36,13 +36,15 @@ def sample_combinations(
     tokens = list(map(mul, grid_thw[1::3], grid_thw[2::3]))
     most_frames = max(counts, default=0) if num_frame_samples else 0
     if max(tokens, default=0) > c.most_combination_tokens or most_frames > c.most_combination_frames:
-        outs = reference.sample_combinations(
+        if masks is not None:
+            raise ValueError(
+                f"sample_combinations: masks are for frames of at most {c.most_combination_tokens} tokens and videos "
+                f"of at most {c.most_combination_frames} frames (grid_thw={grid_thw}). Call without them."
+            )
+        return reference.sample_combinations(
             token_scores, frame_scores, grid_thw, num_samples, num_draw, num_groups, max_group_prob,
             num_frame_samples, num_frames, strict, seed, step, added_steps,
         )  # fmt: skip
-        if masks is not None:
-            raise ValueError("sample_combinations: frames are too large for masks in the same launch.")
-        return outs
     device, frames, videos = token_scores.device, sum(counts), len(num_draw)
     outs = (
         torch.empty(num_samples, sum(map(mul, counts, num_draw)), dtype=torch.int64, device=device),

@@ -1,8 +1,10 @@
 // Scores of any float type and layout, read one at a time.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include "cacovid/division.h"
 #include "cacovid/tensor.h"
-#include "memory.cuh"
 
 namespace cacovid::cuda {
 
@@ -26,16 +28,16 @@ struct Scores {
   __device__ __forceinline__ int64_t row(int64_t row, int64_t start) const {
     if (ndim == 1) return start * strides[0];
     if (ndim == 2) return row * strides[0];
-    const Division at = divide(static_cast<uint64_t>(row), static_cast<uint64_t>(inner));
-    return static_cast<int64_t>(at.quotient) * strides[0] + static_cast<int64_t>(at.remainder) * strides[1];
+    const Division at = divide(row, inner);
+    return at.quotient * strides[0] + at.remainder * strides[1];
   }
   __device__ __forceinline__ int64_t step() const { return strides[ndim - 1]; }
 
   // Where element i of [F] or [B, T] is.
   __device__ __forceinline__ int64_t element(int64_t i) const {
     if (ndim == 1) return i * strides[0];
-    const Division at = divide(static_cast<uint64_t>(i), static_cast<uint64_t>(inner));
-    return static_cast<int64_t>(at.quotient) * strides[0] + static_cast<int64_t>(at.remainder) * strides[1];
+    const Division at = divide(i, inner);
+    return at.quotient * strides[0] + at.remainder * strides[1];
   }
 
   __device__ __forceinline__ float load(int64_t at) const {

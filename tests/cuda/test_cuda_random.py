@@ -8,7 +8,7 @@ from gpu.random_cases import RANDOM, random_case
 
 import cacovid_kernels as ck
 
-FAMILIES = ["gather"]
+FAMILIES = ["combinations", "gather"]
 CASES, MOST = 200, 16
 
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -414,6 +415,7 @@ std::map<void*, DeviceMemory>& device_memory() {
   return *all;
 }
 int device_users = 0;
+std::atomic<int64_t> grids{0};
 
 void open_device_memory(bool open) {
   const std::lock_guard<std::mutex> lock(device_lock);
@@ -443,10 +445,13 @@ void stop(const char* format, ...) {
 void run(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& thread) {
   thread_local Machine here;
   machine = &here;
+  ++grids;
   open_device_memory(true);
   here.run_grid(grid, block, shared_bytes, thread);
   open_device_memory(false);
 }
+
+int64_t launches() { return grids; }
 
 void* device_alloc(size_t bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));

@@ -31,6 +31,8 @@ uint64_t wait(Operation operation, uint32_t mask, uint64_t value = 0, int operan
 // Runs `thread` once for every thread of the grid; dynamic shared memory of `shared_bytes` per block.
 void run(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& thread);
 
+int64_t launches();  // grids that ran so far
+
 // Memory that only kernels may touch: outside of a run every access to it faults, as does one behind its end.
 void* device_alloc(size_t bytes);
 void device_free(void* memory);
