@@ -7,6 +7,8 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc python -name
 SANITIZERS := address,undefined thread
 OUT ?= demo_out
 OLDEST_TRITON := 3.6.0
+# KiB: 5 MB.
+WHEEL_LIMIT := 4882
 # In variables: a comma in the text of a call would end its argument.
 BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 
@@ -62,11 +64,11 @@ lint: $(VENV)/.installed  ## ruff, mypy, clang-format
 format: $(VENV)/.installed  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
 
-sanitize: $(VENV)/.installed  ## run the C++ suite under ASan, UBSan and TSan
-	$(call timed,sanitizers,for s in $(SANITIZERS); do PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$$s -G Ninja -DCMAKE_BUILD_TYPE=Release -DCACOVID_SANITIZE=$$s >/dev/null && PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$$s && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/$$s --output-on-failure || exit 1; done)
+sanitize: $(VENV)/.installed  ## run the C++ suite, CUDA kernels among it, under ASan, UBSan and TSan
+	$(call timed,sanitizers,for s in $(SANITIZERS); do PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$$s -G Ninja -DCMAKE_BUILD_TYPE=Release -DCACOVID_CUDA=0 -DCACOVID_SANITIZE=$$s >/dev/null && PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$$s && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j2 --test-dir build/$$s --output-on-failure || exit 1; done)
 
-wheel: $(VENV)/.installed  ## build the wheel as pip does, without torch, and print its size
-	$(call timed,wheel,$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist . && ls -l dist)
+wheel: $(VENV)/.installed  ## build the wheel as pip does, without torch, and check its size
+	$(call timed,wheel,$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist . && ls -l dist && ! find dist -name '*.whl' -size +$(WHEEL_LIMIT)k | grep .)
 
 nightly: emulated  ## the slow checks: exhaustive and statistical, every planted bug
 	$(call timed,nightly,$(PY) -m pytest tests -m nightly && PYTHONPATH=build/emulated $(BIN)/pytest tests/cuda -m nightly && $(PY) tests/triton/mutate.py && $(PY) tests/cuda/mutate.py)
