@@ -128,6 +128,28 @@ def test_repack_of_a_large_cache(gpu, inplace):
     assert torch.equal(kept_values, wanted[1])
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_pages_of_a_large_cache(gpu, in_place):
+    """Blocks at both ends of more than 2^31 elements; the other blocks are not touched."""
+    blocks, block, heads, size = gpu.pick((300_000, 16, 4, 128), (24, 4, 2, 8))
+    keys, values = (torch.zeros(blocks, block, heads, size, dtype=torch.int16, device=gpu.device) for _ in range(2))
+    table = torch.tensor([[blocks - 1, 3, blocks - 5], [0, blocks - 2, 7]], device=gpu.device)
+    free = torch.tensor([[blocks - 8, 9], [11, blocks - 12]], device=gpu.device)
+    for i, x in enumerate((keys, values)):
+        rows = normal(i, *table.shape, block, heads, size).mul(1000).to(torch.int16)
+        x[table] = rows.to(gpu.device)
+    keep = torch.arange(1, 3 * block, 2, device=gpu.device)
+    wanted = [x[table].flatten(1, 2)[:, keep] for x in (keys, values)]
+    lens = torch.full((2,), 3 * block, device=gpu.device)
+    found = ck.repack_paged_kv((keys, values), table, lens, keep, out_block_table=None if in_place else free)
+    for x, rows in zip((keys, values), wanted, strict=True):
+        assert torch.equal(x[found.block_table.long()].flatten(1, 2)[:, : keep.numel()], rows)
+        x[table] = 0
+        x[free] = 0
+        assert int(x.count_nonzero()) == 0
+    assert not found.status.any()
+
+
 def test_statistics_of_many_rows(gpu):
     frames, p, size = gpu.pick((3100, 196, 3584), (3, 6, 32))
     hidden = torch.empty(frames * p, size, dtype=torch.bfloat16, device=gpu.device)
