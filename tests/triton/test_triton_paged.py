@@ -94,6 +94,18 @@ def test_rows_of_several_tiles(turned, in_place):
     )
 
 
+@pytest.mark.parametrize("turned", [0, 5])
+def test_a_list_per_layer(turned):
+    xs, table = pages_of(10, (6, 4, 2, 8)), torch.randperm(6).view(2, 3)
+    call = call_of(xs, table, [12, 10], ascending(10, 5, 1, 1))
+    call.keep, call.keep_of = [ascending(10, 5, 1, 2) for _ in range(5)], [*range(5)] * 2
+    if turned:
+        angles = [torch.randn(1, 1, 5, 4) for _ in range(5)]
+        call.cos, call.sin = [x.cos() for x in angles], [x.sin() for x in angles]
+        call.rotated = [i < turned for i in range(10)]
+    check(call)
+
+
 def test_long_tables():
     """More blocks and rows than a program counts at a time."""
     table = torch.randperm(6000).view(2, 3000)
