@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_processes import begin, environment, find_tool, run, stop
+from gpu_processes import begin, environment, find_tool, import_folders, run, stop
 
 if TYPE_CHECKING:
     from gpu_device import Device
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "bench", "sanitize", "profile")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BACKENDS = ("cuda", "triton")
 
 
 def build(dry: bool) -> None:
     """The native module, beside the sources as an editable installation has it, unless it is newer than they.
 
-    A dry run takes the one that is there: it must not change what other tests are just using.
+    With CUDA kernels for the GPU at hand, if nvcc is there. A dry run takes the module that is there: it must not
+    change what other tests are just using.
     """
     module = ROOT / "cacovid_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*"), *(ROOT / "python").glob("*.*")]
@@ -50,6 +52,12 @@ def build(dry: bool) -> None:
         "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
+    import torch
+
+    nvcc = find_tool("nvcc") if torch.cuda.is_available() else None
+    if nvcc:
+        capability = "{}{}".format(*torch.cuda.get_device_capability())
+        configure += ["-DCACOVID_CUDA=1", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCACOVID_CUDA_ARCHITECTURES={capability}"]
     with contextlib.suppress(ImportError):  # else where CMake looks by itself
         import pybind11
 
@@ -57,7 +65,8 @@ def build(dry: bool) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for command in (configure, ["cmake", "--build", str(work)]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path})
-    print(f"built {module.relative_to(ROOT)} in {time.monotonic() - start:.0f} s")
+    kernels = f"with {nvcc}" if nvcc else "without CUDA kernels: there is no nvcc"
+    print(f"built {module.relative_to(ROOT)} {kernels} in {time.monotonic() - start:.0f} s")
 
 
 # ---- tests --------------------------------------------------------------------------------------
@@ -147,7 +156,8 @@ def bench(gpu: Device, results: Results, budget: float) -> bool:
         gpu.cuda.empty_cache()
         print(f"{key}: {time.monotonic() - start:.1f} s")
     print(
-        f"\n{'us of one call':30} {'contestant':32} {'graph':>9} {'cold':>9} {'eager':>9} {'launches':>8} {'x ours':>8}"
+        f"\n{'us of one call':30} {'contestant':32} {'graph':>9} {'cold':>9} {'eager':>9} {'bound':>9} {'launches':>8} "
+        f"{'x ours':>8}"
     )
     for row in results.rows:
         if row["family"] != "ceilings":
@@ -159,7 +169,7 @@ def bench(gpu: Device, results: Results, budget: float) -> bool:
     for name in skipped:
         print(f"skipped for lack of time: {name}")
         results.add(family="skipped", key=name)
-    return not any("error" in row and row["contestant"] == "ours" for row in results.rows)
+    return not any("error" in row and row["contestant"].startswith("ours") for row in results.rows)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -171,7 +181,8 @@ def _line(row: dict[str, Any]) -> str:
     ratio = ratios.get("graph_cold") or ratios.get("eager_cold")
     return (
         f"{row['key']:30} {row['contestant']:32} {shown[0]:>9} {shown[1]:>9} {shown[2]:>9} "
-        f"{row.get('launches', '-'):>8} {f'{ratio:.2f}' if ratio else 'error' if 'error' in row else '-':>8}"
+        f"{row.get('bound_us', 0):>9.2f} {row.get('launches', '-'):>8} "
+        f"{f'{ratio:.2f}' if ratio else 'error' if 'error' in row else '-':>8}"
     )
 
 
@@ -179,7 +190,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def sanitize(gpu: Device, results: Results, budget: float) -> bool:
-    """A few cases of every op under each of compute-sanitizer's tools."""
+    """A few cases of every op under each of compute-sanitizer's tools, for each backend."""
     tool = find_tool("compute-sanitizer")
     if tool is None and not gpu.dry:
         print("compute-sanitizer is not on this machine: nothing was checked")
@@ -189,9 +200,10 @@ def sanitize(gpu: Device, results: Results, budget: float) -> bool:
     # Every tensor an allocation of its own, so that reading past one is seen.
     env = environment(gpu.dry, CACOVID_GPU_SCALE="cut", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     good, end = True, time.monotonic() + budget
-    tools = TOOLS[: gpu.pick(len(TOOLS), 1)]
-    for i, name in enumerate(tools):
-        seconds = (end - time.monotonic()) / (len(tools) - i)
+    turns = [(name, backend) for backend in BACKENDS for name in TOOLS[: gpu.pick(len(TOOLS), 1)]]
+    for i, (name, backend) in enumerate(turns):
+        env["CACOVID_GPU_BACKENDS"] = backend
+        seconds = (end - time.monotonic()) / (len(turns) - i)
         if gpu.dry:  # without a GPU: does the suite exist
             command = [*suite, "--collect-only"]
         else:
@@ -205,8 +217,10 @@ def sanitize(gpu: Device, results: Results, budget: float) -> bool:
         wanted = ("ERROR SUMMARY", "passed", "SKIPPED") if code == 0 else ("=====", "passed", "SKIPPED", "FAILED")
         tail = "\n".join([line for line in text.splitlines() if any(word in line for word in wanted)][-25:])
         seconds = time.monotonic() - start
-        results.add(family="sanitize", tool=name, verdict=verdict, seconds=seconds, output=tail[-4000:])
-        print(f"{name:10} {verdict:20} {seconds:6.0f} s  {tail if code == 0 else text[-1500:]}")
+        results.add(
+            family="sanitize", tool=name, backend=backend, verdict=verdict, seconds=seconds, output=tail[-4000:]
+        )  # fmt: skip
+        print(f"{name:10} {backend:7} {verdict:20} {seconds:6.0f} s  {tail if code == 0 else text[-1500:]}")
     return good
 
 
@@ -236,13 +250,11 @@ def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # a run that is cut shall have said what it did
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # triton decides at its first import
-    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    sys.path[:0] = [*import_folders(options.dry_run), str(ROOT / "bench")]
     build(options.dry_run)
 
     from gpu_device import Device
     from gpu_measure import Results
-
-    import cacovid_kernels as ck
 
     gpu = Device(options.dry_run)
     unusable = (
@@ -251,29 +263,26 @@ def main() -> int:
     if unusable:
         print(unusable)
         return 2
-    with ck.use_backend("triton"):
-        if options.one_call_each:
-            from gpu_profile import one_call_each
+    if options.one_call_each:
+        from gpu_profile import one_call_each
 
-            return 0 if one_call_each(gpu, options.budget) else 1
-        info = gpu.info()
-        print(", ".join(f"{name} {value}" for name, value in info.items()))
-        slug = info["gpu"].lower().replace(" ", "-")
-        default = (
-            Path(tempfile.mkdtemp()) / "dry-run.jsonl" if gpu.dry else ROOT / "bench" / "results" / f"{slug}.jsonl"
-        )
-        path = options.results or default
-        verdicts = {}
-        for part in PARTS if options.part == "all" else (options.part,):
-            start = time.monotonic()
-            print(f"\n== {part}")
-            try:
-                left = options.budget - (start - begun if part == options.part else 0)  # what building took
-                good = globals()[part](gpu, Results(path, part, info), left)
-            except Exception:
-                print(traceback.format_exc())
-                good = False
-            verdicts[part] = f"{'ok' if good else 'FAILED'} in {time.monotonic() - start:.0f} s"
+        return 0 if one_call_each(gpu, options.budget) else 1
+    info = gpu.info()
+    print(", ".join(f"{name} {value}" for name, value in info.items()))
+    slug = info["gpu"].lower().replace(" ", "-")
+    default = Path(tempfile.mkdtemp()) / "dry-run.jsonl" if gpu.dry else ROOT / "bench" / "results" / f"{slug}.jsonl"
+    path = options.results or default
+    verdicts = {}
+    for part in PARTS if options.part == "all" else (options.part,):
+        start = time.monotonic()
+        print(f"\n== {part}")
+        try:
+            left = options.budget - (start - begun if part == options.part else 0)  # what building took
+            good = globals()[part](gpu, Results(path, part, info), left)
+        except Exception:
+            print(traceback.format_exc())
+            good = False
+        verdicts[part] = f"{'ok' if good else 'FAILED'} in {time.monotonic() - start:.0f} s"
     print(f"\nresults: {path}")
     for part, verdict in verdicts.items():
         print(f"{part:10} {verdict}")

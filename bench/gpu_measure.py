@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from gpu_device import Device, tensors_of
 from torch import Tensor
 
+import cacovid_kernels as ck
+
+BACKENDS = ("cuda", "triton")
 MODES = ("graph_warm", "graph_cold", "eager_warm", "eager_cold")
 
 
@@ -22,7 +26,8 @@ class Race:
     """One op at one shape, and who else can do it.
 
     Attributes:
-        contestants: calls by name; "ours" first. Every call gets the same arguments.
+        contestants: calls by name; "ours" first, which enters once for each GPU backend that has its kernels. Every
+            call gets the same arguments.
         inputs: argument tuples to rotate over.
         check: `check(our result, another's result)` raises if they differ; may return the share of other indices.
         bytes: fewest that have to move, read and written.
@@ -129,7 +134,34 @@ def times(gpu: Device, race: Race, call: Callable[..., Any], capturable: bool) -
     return found
 
 
-def _check(race: Race, end: float) -> tuple[dict[str, str], dict[str, float]]:
+def ours(backend: str) -> str:
+    """The name under which our op competes."""
+    return f"ours, {backend}"
+
+
+def serving(name: str) -> AbstractContextManager:
+    """Inside, the backend of that name's contestant serves; others take no notice."""
+    return ck.use_backend(name.removeprefix("ours, ")) if name.startswith("ours, ") else nullcontext()
+
+
+def entered(race: Race) -> dict[str, Callable[..., Any]]:
+    """All contestants, ours once per backend that has the kernels."""
+    found: dict[str, Callable[..., Any]] = {}
+    for backend in BACKENDS:
+        try:
+            with serving(ours(backend)):
+                race.answers.get("ours", race.contestants["ours"])(*race.inputs[0])
+        except RuntimeError as error:
+            if "has no kernel for" in str(error) or "cannot serve" in str(error):
+                print(f"  {race.family} {race.shape}: {error}")
+                continue
+        found[ours(backend)] = race.contestants["ours"]
+    return found | {name: call for name, call in race.contestants.items() if name != "ours"}
+
+
+def _check(
+    race: Race, contestants: dict[str, Callable[..., Any]], end: float
+) -> tuple[dict[str, str], dict[str, float]]:
     """Calls every contestant once and compares: what was wrong with some, and which share of the indices differs.
 
     All before anything is timed: timing may destroy the inputs.
@@ -137,17 +169,20 @@ def _check(race: Race, end: float) -> tuple[dict[str, str], dict[str, float]]:
     wrong: dict[str, str] = {}
     differing: dict[str, float] = {}
     reference = None
-    for name, call in race.contestants.items():
+    for name, call in contestants.items():
         if time.monotonic() > end:
             break
+        mine = name.startswith("ours")
         try:
-            answer = race.answers.get(name, call)(*race.inputs[0])
-            if name == "ours":
+            with serving(name):
+                answer = race.answers.get("ours" if mine else name, call)(*race.inputs[0])
+            if mine and reference is None:
                 reference = [x.clone() for x in tensors_of(answer)]
             elif reference is None:
                 raise ValueError("ours failed, so there is nothing to compare with")
             else:
-                share = race.check(reference, list(tensors_of(answer)))
+                check = equal if mine and race.family != "score" else race.check
+                share = check(reference, list(tensors_of(answer)))
                 differing.update({} if share is None else {name: share})
             for x in tensors_of(answer):  # a preallocated result must not pass for the next contestant's
                 x.detach().zero_()
@@ -159,9 +194,10 @@ def _check(race: Race, end: float) -> tuple[dict[str, str], dict[str, float]]:
 def run(gpu: Device, key: str, race: Race, limits: Ceilings, results: Results, end: float) -> list[str]:
     """Runs one race and writes a row for every contestant; returns what there was no time for."""
     skipped = []
-    wrong, differing = _check(race, end)
-    ours: dict[str, Any] = {}
-    for name, call in race.contestants.items():
+    contestants = entered(race)
+    wrong, differing = _check(race, contestants, end)
+    first: dict[str, Any] = {}  # of ours: the others are compared with it
+    for name, call in contestants.items():
         if time.monotonic() > end:
             skipped.append(f"{key}: {name}")
             continue
@@ -169,23 +205,24 @@ def run(gpu: Device, key: str, race: Race, limits: Ceilings, results: Results, e
         try:
             if name in wrong:
                 raise ValueError(wrong[name])
-            row["launches"] = gpu.launches(lambda call=call: call(*race.inputs[0]))
-            row["synchronisations"] = gpu.synchronisations(lambda call=call: call(*race.inputs[0]))
-            capturable = row["synchronisations"] == 0
-            try:
-                row["us"] = times(gpu, race, call, capturable)
-            except RuntimeError as error:
-                if not capturable:
-                    raise
-                row["not_captured"] = f"{error}"[:300]
-                row["us"] = times(gpu, race, call, capturable=False)
+            with serving(name):
+                row["launches"] = gpu.launches(lambda call=call: call(*race.inputs[0]))
+                row["synchronisations"] = gpu.synchronisations(lambda call=call: call(*race.inputs[0]))
+                capturable = row["synchronisations"] == 0
+                try:
+                    row["us"] = times(gpu, race, call, capturable)
+                except RuntimeError as error:
+                    if not capturable:
+                        raise
+                    row["not_captured"] = f"{error}"[:300]
+                    row["us"] = times(gpu, race, call, capturable=False)
         except Exception as error:
             row["error"] = wrong.get(name, f"{type(error).__name__}: {error}"[:500])
             print(f"  {key}: {name}: {row['error']}")
         if "us" in row:
-            ours = row["us"] if name == "ours" else ours
+            first = first or (row["us"] if name.startswith("ours") else {})
             row["ratio_to_ours"] = {
-                mode: t / ours[mode] for mode, t in row["us"].items() if t is not None and ours.get(mode)
+                mode: t / first[mode] for mode, t in row["us"].items() if t is not None and first.get(mode)
             }
             bound, cold = limits.bound(race), row["us"]["graph_cold"] or row["us"]["eager_cold"]
             row.update(bytes=race.bytes, operations=race.operations, bound_us=bound, fraction_of_bound=bound / cold)

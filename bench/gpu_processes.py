@@ -14,9 +14,15 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def import_folders(dry: bool) -> list[str]:
+    """This checkout; in a dry run before it the package with emulated CUDA kernels, if `make test` has built it."""
+    emulated = ROOT / "build" / "emulated"
+    return [*([str(emulated)] if dry and (emulated / "cacovid_kernels").exists() else []), str(ROOT)]
+
+
 def environment(dry: bool, **extra: str) -> dict[str, str]:
     """For child processes: this checkout, and in a dry run Triton's interpreter."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [*import_folders(dry), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, **({"TRITON_INTERPRET": "1"} if dry else {}), **extra}
 
 

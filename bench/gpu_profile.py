@@ -33,6 +33,7 @@ METRICS = {
 
 def each_race(gpu: Device, seconds: float, action: Callable[[str, Callable[[], Any]], None]) -> bool:
     """`action(key, our call)` for the first races, each of another shape; one that fails stops no other."""
+    import gpu_measure
     import gpu_races
 
     good, end, seen = True, time.monotonic() + seconds, set()
@@ -43,7 +44,10 @@ def each_race(gpu: Device, seconds: float, action: Callable[[str, Callable[[], A
         try:
             race = make()
             seen.add(race.shape)
-            action(key, lambda race=race: race.contestants["ours"](*race.inputs[0]))
+            for name, call in gpu_measure.entered(race).items():
+                if name.startswith("ours"):
+                    with gpu_measure.serving(name):
+                        action(f"{key}, {name}", lambda call=call, race=race: call(*race.inputs[0]))
         except Exception:
             print(f"{key} failed:\n{traceback.format_exc(limit=-4)}")
             good = False
@@ -90,7 +94,7 @@ def _profile_with_torch(gpu: Device, results: Results, key: str, call: Callable[
     for kernel, us, calls in sorted(kernels, key=lambda found: -found[1])[:5]:
         if us > 0 or gpu.dry:
             row = results.add(family="profile", key=key, kernel=kernel, us=us, calls=calls)
-            print(f"{key:26} {row['kernel'][:60]:60} {us:9.2f} us {calls:4}")
+            print(f"{key:34} {row['kernel'][:60]:60} {us:9.2f} us {calls:4}")
 
 
 def one_call_each(gpu: Device, seconds: float) -> bool:

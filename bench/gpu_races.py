@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -65,6 +66,10 @@ def select(gpu: Device, frames: int, everybody: bool) -> Race:
         "vectorised torch": selects.vectorised_torch,
         "torch.topk alone": lambda token, frame: token.topk(14, dim=-1).indices,
     }
+    if importlib.util.find_spec("flashinfer"):
+        from flashinfer import top_k
+
+        contestants["FlashInfer top_k alone"] = lambda token, frame: top_k(token, 14)[1]
     if everybody:
         contestants["torch.compile of it"] = gpu.compile(selects.vectorised_torch, dynamic=False)
         contestants["published formula"] = selects.published_formula

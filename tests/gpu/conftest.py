@@ -1,15 +1,18 @@
 """Tests that need a GPU. `make gpu PART=tests` runs them; `pytest tests` leaves them out.
 
-The environment says how: CACOVID_GPU_SCALE is "full", "cut" (few cases, for slow checkers) or "dry" (on the CPU, in
-Triton's interpreter: every line runs, at sizes where values can still be compared); CACOVID_GPU_SHARD "2/8" takes
-every eighth test; CACOVID_GPU_SECONDS skips what would begin later; CACOVID_GPU_RESULTS gets a line per
-test, with what CACOVID_GPU_COMMON says.
+Every test runs once per GPU backend; what a backend has no kernel for is skipped and says so.
+
+The environment says how: CACOVID_GPU_BACKENDS is "cuda,triton" or one of them; CACOVID_GPU_SCALE is "full", "cut" (few
+cases, for slow checkers) or "dry" (on the CPU, in Triton's interpreter and with emulated CUDA kernels: every line runs,
+at sizes where values can still be compared); CACOVID_GPU_SHARD "2/8" takes every eighth test; CACOVID_GPU_SECONDS skips
+what would begin later; CACOVID_GPU_RESULTS gets a line per test, with what CACOVID_GPU_COMMON says.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,9 +26,11 @@ sys.path.insert(0, str(ROOT / "bench"))
 from gpu_device import Device  # noqa: E402
 
 import cacovid_kernels as ck  # noqa: E402
+from cacovid_kernels import cuda, triton  # noqa: E402
 
 from .problems import SCALE  # noqa: E402
 
+BACKENDS = os.environ.get("CACOVID_GPU_BACKENDS", "cuda,triton").split(",")
 END = time.monotonic() + float(os.environ.get("CACOVID_GPU_SECONDS", "inf"))
 HERE = Path(__file__).parent
 
@@ -46,6 +51,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("torch sees no CUDA device")
     if time.monotonic() > END:
         pytest.skip("the time budget is used up")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    try:
+        return (yield)
+    except Exception as error:  # torch.compile wraps what the backend raised
+        absent = re.search(r"backend '\w+' has no kernel for \w+", str(error))
+        if absent is None:
+            raise
+        return pytest.skip(absent[0])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -80,10 +96,14 @@ def repeats():
     return lambda full: {"full": full, "cut": min(full, 5), "dry": 1}[SCALE]
 
 
-@pytest.fixture(autouse=True)
-def _triton():
-    with ck.use_backend("triton"):
-        yield
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request: pytest.FixtureRequest):
+    """The name of the backend that serves the test."""
+    needed = "cpu" if SCALE == "dry" else "cuda"
+    if reason := {"cuda": cuda, "triton": triton}[request.param].unavailable(needed):
+        pytest.skip(f"{request.param}: {reason}")
+    with ck.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -222,12 +223,14 @@ def _ascending(rng: Random, n: int, k: int, padding: int = 0) -> Tensor:
     return torch.nn.functional.pad(kept, (0, padding), value=-1)
 
 
-def repack(dice: Dice, most: int) -> Problem:
+def repack(dice: Dice, most: int, in_place: bool = False) -> Problem:
     """Into new memory, to the front of every head or of the tensor, ragged or not, with rope or without."""
     rng, values = dice.structure, dice.values
     b, h, n, layers = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3 * most), rng.randint(1, 3)
     sizes = [rng.choice([1, 2, 3, 8, 16, 33, 64, 128]) for _ in range(2 * layers)]
     ragged, place = rng.random() < 0.3, rng.randrange(3)
+    if in_place and place == 0:
+        place = repack_ops.IN_FRONT
     if ragged and place == repack_ops.IN_HEADS:
         place = repack_ops.IN_FRONT
     inputs: Tensors = {}
@@ -267,9 +270,9 @@ def repack(dice: Dice, most: int) -> Problem:
     return Problem("repack", lambda seed: inputs, run)
 
 
-def paged(dice: Dice, most: int) -> Problem:
+def paged(dice: Dice, most: int, in_place: bool = False) -> Problem:
     """In place or to free blocks, in every layout, turned or not, with ids and positions out of range or not."""
-    hostile, in_place = dice.structure.random() < 0.3, dice.structure.random() < 0.6
+    hostile, in_place = dice.structure.random() < 0.3, dice.structure.random() < 0.6 or in_place
     call = random_call(dice.structure, hostile, in_place, most, dice.values)
     inputs = {f"x{i}": base for i, base in enumerate(call.bases)}
     inputs |= {"table": call.block_table, "lens": call.seq_lens}
@@ -311,7 +314,14 @@ RANDOM = {
 }
 
 
+# Moves inside one memory, where a row that is written too early destroys one that is still to be read: 10,000 more.
+MOVES = {
+    "repack in place": Family(partial(repack, in_place=True), 5000, 100),
+    "paged in place": Family(partial(paged, in_place=True), 5000, 100),
+}
+
+
 def random_case(name: str, seed: int, most: int) -> Problem:
     """Case number `seed`: shapes of at most about `most` a side."""
-    family = RANDOM[name]
+    family = (RANDOM | MOVES)[name]
     return family.make(Dice(Random(f"{name} {seed % family.structures}"), Random(f"{name} values {seed}")), most)

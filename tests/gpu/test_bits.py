@@ -8,7 +8,7 @@ import torch
 import cacovid_kernels as ck
 
 from .problems import SCALE, Problem, assert_same, golden, on, problems
-from .random_cases import RANDOM, random_case
+from .random_cases import MOVES, RANDOM, random_case
 
 CHUNK = 50  # random cases per test
 
@@ -26,7 +26,11 @@ def test_usual_sizes(gpu, small, name):
         compare(gpu, problems(small)[name], seed)
 
 
-CHUNKS = [(name, i) for name, family in RANDOM.items() for i in range(0, family.cases if SCALE == "full" else 1, CHUNK)]
+CHUNKS = [
+    (name, i)
+    for name, family in (RANDOM | MOVES).items()
+    for i in range(0, family.cases if SCALE == "full" else 1, CHUNK)
+]
 
 
 @pytest.mark.parametrize(("name", "first"), CHUNKS)

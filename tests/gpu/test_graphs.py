@@ -78,8 +78,8 @@ def test_every_replay_draws_fresh_noise(gpu, repeats, sampler):
     assert len(seen) > 1
 
 
-def test_ops_of_a_whole_step_in_one_graph(gpu, small, repeats):
-    """Scores to selection to compaction, as serving would capture it."""
+def test_ops_of_a_whole_step_in_one_graph(gpu, small, repeats, backend):
+    """Scores to selection to compaction, as serving would capture it; with CUDA kernels for what there are some."""
     t, p, size = (2, 4, 16) if small else (32, 196, 3584)
     torch.manual_seed(0)
     heads = [ck.PolicyHead(size).to(gpu.device, torch.bfloat16) for _ in range(2)]
@@ -87,7 +87,7 @@ def test_ops_of_a_whole_step_in_one_graph(gpu, small, repeats):
     hidden = torch.randn(t * p, size, dtype=torch.bfloat16, device=gpu.device)
 
     def step() -> Tensors:
-        with torch.no_grad():
+        with torch.no_grad(), ck.use_backend("auto" if backend == "cuda" else backend):
             tokens, frames = ck.score_tokens(hidden, *heads, [(t, 1, p)], norm_weight=weight)
         kept = ck.select_tokens(tokens, frames, [(t, 1, p)], keep_ratio=0.25)
         return {"rows": ck.gather_tokens(hidden, kept), "indices": kept.indices}

@@ -9,7 +9,8 @@ import cacovid_kernels as ck
 
 from .problems import SOME, normal, on, problems
 
-# Most launches of one call. The others add what autograd or torch's sort launches, or one per kind of video.
+# Most launches of one call in Triton; in CUDA each is one. The others add what autograd or torch's sort launches, or
+# one per kind of video.
 LAUNCHES = {
     "select float32": 1, "select bfloat16": 1, "select float16": 1, "budget": 1, "top-k of rows": 1, "gumbel": 1,
     "combinations": 1, "gather": 1, "repack": 1, "paged in place": 2, "paged to free blocks": 2, "frame_pool": 2,
@@ -39,11 +40,11 @@ def test_a_synchronisation_would_be_seen(gpu):
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name in SOME])
-def test_launches(gpu, small, name):
+def test_launches(gpu, small, backend, name):
     problem = problems(small)[name]
     inputs = on(gpu.device, problem.make(1))
     found = gpu.launches(lambda: problem.run(inputs))
-    assert gpu.pick(1, 0) <= found <= LAUNCHES[name]
+    assert gpu.pick(1, 0) <= found <= (1 if backend == "cuda" else LAUNCHES[name])
 
 
 def test_helpers_do_not_synchronise(gpu, small):

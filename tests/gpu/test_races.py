@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from .problems import SOME, assert_same, bits, on, problems
+from .problems import SOME, Problem, Tensors, assert_same, bits, on, problems
+
+
+class NoKernelError(Exception):
+    """The backend leaves this op to the others."""
+
+
+def run(problem: Problem, inputs: Tensors) -> Tensors:
+    try:
+        return problem.run(inputs)
+    except RuntimeError as error:
+        if "has no kernel for" in str(error):
+            raise NoKernelError from error
+        raise
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -22,9 +37,14 @@ def test_the_same_bits_every_time(gpu, small, repeats, name):
 
 def test_streams_do_not_mix(gpu, small, repeats):
     """All ops, each on a stream of its own, again and again, behind work that keeps the GPU busy."""
-    found = {name: problems(small)[name] for name in SOME}
-    inputs = {name: on(gpu.device, problem.make(6)) for name, problem in found.items()}
-    wanted = {name: problem.run(inputs[name]) for name, problem in found.items()}
+    found, inputs, wanted = {}, {}, {}
+    for name in SOME:
+        problem = problems(small)[name]
+        inputs[name] = on(gpu.device, problem.make(6))
+        with contextlib.suppress(NoKernelError):
+            wanted[name] = run(problem, inputs[name])
+            found[name] = problem
+    assert found
     gpu.synchronize()
     streams = {name: gpu.cuda.Stream() for name in found}
     results = []
