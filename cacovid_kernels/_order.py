@@ -21,6 +21,10 @@ _LATENCY = "the time of one launch: no Python between the check of its arguments
 _COPY = "as many bytes in flight, and a launch that costs less"
 TABLE: dict[str, tuple[Rule, ...]] = {
     "sample_combinations": (Rule(ALL, "cuda", _LATENCY),),
+    "gumbel_topk": (
+        Rule(2**20, "cuda", _LATENCY),
+        Rule(ALL, "triton", "a row may be long: several programs share one, a CUDA block takes it alone"),
+    ),
     "gather_rows": (Rule(ALL, "cuda", _COPY),),
     "gather_rows_out": (Rule(ALL, "cuda", _COPY),),
 }

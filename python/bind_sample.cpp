@@ -16,20 +16,45 @@ cpu::DrawKey draw_key(int64_t seed, int64_t step, int64_t stream) {
   return {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(stream)};
 }
 
+struct GumbelTopk {
+  Tensor logits;
+  cpu::DrawKey key;
+  int64_t* indices;
+  float* log_prob;
+  int32_t* status;
+
+  GumbelTopk(py::handle logits_handle, int64_t k, int64_t samples, int64_t seed, int64_t step, int64_t stream,
+             py::handle indices_handle, py::handle log_prob_handle, py::handle status_handle, int device)
+      : logits(to_tensor(logits_handle, "logits", device)), key(draw_key(seed, step, stream)) {
+    const Tensor& x = logits;
+    check(x.ndim == 2 && is_low_float(x), "logits must be [R, N] float32, bfloat16 or float16");
+    check(x.sizes[0] < (int64_t{1} << 32) && x.sizes[1] < most_columns, "logits must have fewer rows and columns");
+    check(k >= 0 && k <= x.sizes[1], "k must be in [0, N]");
+    check(samples >= 0 && samples <= most_samples, "num_samples must be in [0, 2^24]");
+    indices = output<int64_t>(indices_handle, "indices", samples * x.sizes[0] * k, device);
+    log_prob = output<float>(log_prob_handle, "log_prob", samples * x.sizes[0], device);
+    status = output<int32_t>(status_handle, "status", x.sizes[0], device);
+  }
+};
+
 void gumbel_topk(py::handle logits, int64_t k, int64_t samples, int64_t seed, int64_t step, int64_t stream, int threads,
                  py::handle indices, py::handle log_prob, py::handle status) {
-  const Tensor x = to_tensor(logits, "logits");
-  check(x.ndim == 2 && is_low_float(x), "logits must be [R, N] float32, bfloat16 or float16");
-  check(x.sizes[0] < (int64_t{1} << 32) && x.sizes[1] < most_columns, "logits must have fewer rows and columns");
-  check(k >= 0 && k <= x.sizes[1], "k must be in [0, N]");
-  check(samples >= 0 && samples <= most_samples, "num_samples must be in [0, 2^24]");
-  const cpu::DrawKey key = draw_key(seed, step, stream);
-  int64_t* indices_out = output<int64_t>(indices, "indices", samples * x.sizes[0] * k);
-  float* log_prob_out = output<float>(log_prob, "log_prob", samples * x.sizes[0]);
-  int32_t* status_out = output<int32_t>(status, "status", x.sizes[0]);
+  const GumbelTopk g(logits, k, samples, seed, step, stream, indices, log_prob, status, cpu_device);
   const py::gil_scoped_release release;
-  cpu::gumbel_topk(x, k, samples, key, threads, indices_out, log_prob_out, status_out);
+  cpu::gumbel_topk(g.logits, k, samples, g.key, threads, g.indices, g.log_prob, g.status);
 }
+
+#if defined(CACOVID_CUDA)
+void gumbel_topk_on_cuda(py::handle logits, int64_t k, int64_t samples, int64_t seed, int64_t step,
+                         py::handle added_steps, int64_t stream, py::handle indices, py::handle log_prob,
+                         py::handle status, int device, uintptr_t queue) {
+  const GumbelTopk g(logits, k, samples, seed, step, stream, indices, log_prob, status, device);
+  const int64_t* added = added_steps.is_none() ? nullptr : output<int64_t>(added_steps, "added_steps", 1, device);
+  const py::gil_scoped_release release;
+  check_launch("gumbel_topk", cuda::gumbel_topk(g.logits, k, samples, g.key, added, g.indices, g.log_prob, g.status,
+                                                to_stream(device, queue)));
+}
+#endif
 
 struct Draws {
   Tensor logits, indices;
@@ -81,6 +106,10 @@ void gumbel_noise(py::handle bits, py::handle noise) {
 }
 
 }  // namespace
+
+#if defined(CACOVID_CUDA)
+void bind_cuda_sample(py::module_& m) { m.def("gumbel_topk", &gumbel_topk_on_cuda); }
+#endif
 
 void bind_sample(py::module_& m) {
   m.def("gumbel_topk", &gumbel_topk);

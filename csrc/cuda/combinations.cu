@@ -45,7 +45,7 @@ __host__ __device__ constexpr int32_t lanes_of(int64_t largest_group) {
 }
 int64_t larger_group(const Video& v) { return v.group_size + (v.remainder > 0 ? 1 : 0); }
 
-__global__ void __launch_bounds__(threads) combinations_kernel(const __grid_constant__ Call c) {
+__global__ void __launch_bounds__(threads, 2) combinations_kernel(const __grid_constant__ Call c) {
   int number = 0;
   while (number + 1 < c.count && static_cast<int>(blockIdx.x) >= c.videos[number + 1].first_block) ++number;
   const Video& v = c.videos[number];

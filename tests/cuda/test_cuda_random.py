@@ -8,7 +8,7 @@ from gpu.random_cases import RANDOM, random_case
 
 import cacovid_kernels as ck
 
-FAMILIES = ["combinations", "gather"]
+FAMILIES = ["combinations", "gather", "sample"]
 CASES, MOST = 200, 16
 
 

@@ -15,11 +15,16 @@ struct Stream {
 const char* error_text(int error);
 
 // ---- sample -------------------------------------------------------------------------------------
+// As cpu::gumbel_topk, in one launch. `added_steps`, an int64 on the device or null, is added to the key's step modulo
+// 2^32. Log-probabilities agree to about float32's precision.
+int gumbel_topk(Tensor logits, int64_t k, int64_t samples, cpu::DrawKey key, const int64_t* added_steps,
+                int64_t* indices, float* log_prob, int32_t* status, Stream stream);
+
 constexpr int64_t most_combination_tokens = 2048;  // of a frame
 constexpr int64_t most_combination_frames = 2048;  // of a video, where there are frame combinations
 
-// As cpu::sample_combinations, within those limits: one launch for every 36 videos. `added_steps`, an int64 on the
-// device or null, is added to the key's step modulo 2^32. Log-probabilities agree to about float32's precision.
+// As cpu::sample_combinations, within those limits: one launch for every 36 videos. Steps and log-probabilities as
+// above.
 //
 // packed [G, words], or null: the tokens of every combination as bits, frame after frame. A frame of P tokens has
 // ceil(P / 32) words of its own, `words` is their sum over all frames; token i of a frame is bit i % 32 of its word
