@@ -27,7 +27,7 @@ struct Mover {
   int64_t columns = t.x.sizes[3];
   int64_t row_bytes = columns * item;
 
-  int64_t rows() const { return kept.cu_seqlens != nullptr ? kept.cu_seqlens[heads] : heads * kept.per_head; }
+  int64_t rows() const { return kept.cu_seqlens != nullptr ? kept.total : heads * kept.per_head; }
 
   // Rows that must move in order: a later one may land where an earlier one lay.
   int64_t together() const {

@@ -48,6 +48,7 @@ struct KeptCall {
     }
     index.shrink_to_fit();
     rows.index = index.data();
+    rows.total = bounds.back();
     rows.cu_seqlens = ragged ? bounds.data() : nullptr;
     rows.cos = cos.data();
     rows.sin = sin.data();

@@ -39,4 +39,14 @@ int sample_combinations(Tensor token_scores, Tensor frame_scores, const Combinat
 int gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int64_t* index, int64_t kept,
                 void* const* targets, Stream stream);
 
+// ---- repack -------------------------------------------------------------------------------------
+// As cpu::repack_rows, except that rows of a tensor number at most 2^31 - 1, that `total` alone says how many rows a
+// ragged list has, and that bounds may be anything: wrong ones move wrong rows, but touch no other memory. In place
+// with ragged lists total may be at most B * H * N. One launch for all tensors of up to 4 shapes (what they keep, as a
+// count, included), as long as their pointers fit: 224 tensors, or with lists of their own and tables of angles 64
+// layers of keys and values in place. A head (a tensor, if packed to its front) is moved in place by one block, or by
+// one block for each piece of its columns.
+int repack_rows(const cpu::CacheTensor* tensors, int64_t count, const cpu::KeptRows* kept, bool zero_tail,
+                Stream stream);
+
 }  // namespace cacovid::cuda

@@ -100,6 +100,7 @@ struct KeptRows {
   const int64_t* index;       // positions: [b, h, per_head], or head after head where cu_seqlens is set
   const int32_t* cu_seqlens;  // [B * H + 1] bounds of the heads in `index`; null: per_head rows each
   int64_t per_head;
+  int64_t total;                  // rows of all heads together where cu_seqlens is set
   int64_t batch_step, head_step;  // in lists of per_head rows, 0 where all batch rows or heads share one
   const float* cos;               // rotation of the keys, one row of `half` for every row kept; null: none
   const float* sin;
