@@ -27,6 +27,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     ),
     "gather_rows": (Rule(ALL, "cuda", _COPY),),
     "gather_rows_out": (Rule(ALL, "cuda", _COPY),),
+    "repack_pages": (Rule(ALL, "cuda", _COPY),),
     "repack_rows": (Rule(ALL, "cuda", _COPY),),
     "repack_rows_": (Rule(ALL, "cuda", _COPY),),
 }

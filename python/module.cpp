@@ -11,6 +11,7 @@ void bind_select(py::module_&);
 #if defined(CACOVID_CUDA)
 void bind_cuda_combinations(py::module_&);
 void bind_cuda_gather(py::module_&);
+void bind_cuda_paged(py::module_&);
 void bind_cuda_repack(py::module_&);
 void bind_cuda_sample(py::module_&);
 #endif
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
   cuda.attr("architectures") = CACOVID_CUDA;
   cacovid::python::bind_cuda_combinations(cuda);
   cacovid::python::bind_cuda_gather(cuda);
+  cacovid::python::bind_cuda_paged(cuda);
   cacovid::python::bind_cuda_repack(cuda);
   cacovid::python::bind_cuda_sample(cuda);
 #endif

@@ -56,4 +56,23 @@ __device__ __forceinline__ T load_once(const T* from) {
 #endif
 }
 
+// For data that is read once and that other threads of this kernel may write later: past L1, but never stale.
+template <class T>
+__device__ __forceinline__ T load_before_writes(const T* from) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 16) {
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+  } else {
+    return *from;
+  }
+#else
+  return *from;
+#endif
+}
+
 }  // namespace cacovid::cuda

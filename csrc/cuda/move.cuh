@@ -31,12 +31,70 @@ struct Place {
   bool same;  // it goes to where it is
 };
 
-template <bool InOrder, class Access>
-__device__ __forceinline__ Access load(const char* from) {
-  // What other threads write may not be read past the coherent caches.
-  if constexpr (InOrder) return *reinterpret_cast<const Access*>(from);
-  return load_once(reinterpret_cast<const Access*>(from));
-}
+// How 16 bytes are accessed, and how 1, 2, 4 or 8 are: the latter are rare, so that one loop does for all of them.
+struct Wide {
+  using Value = uint4;
+  __device__ __forceinline__ Value load(const char* from) const {
+    return load_before_writes(reinterpret_cast<const uint4*>(from));
+  }
+  __device__ __forceinline__ void store(char* to, Value x) const { *reinterpret_cast<uint4*>(to) = x; }
+};
+struct Narrow {
+  using Value = uint64_t;
+  int32_t width;
+
+  __device__ __forceinline__ Value load(const char* from) const {
+    switch (width) {
+      case 8: return *reinterpret_cast<const uint64_t*>(from);
+      case 4: return *reinterpret_cast<const uint32_t*>(from);
+      case 2: return *reinterpret_cast<const uint16_t*>(from);
+      default: return *reinterpret_cast<const uint8_t*>(from);
+    }
+  }
+  __device__ __forceinline__ void store(char* to, Value x) const {
+    switch (width) {
+      case 8: *reinterpret_cast<uint64_t*>(to) = x; break;
+      case 4: *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(x); break;
+      case 2: *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(x); break;
+      default: *reinterpret_cast<uint8_t*>(to) = static_cast<uint8_t>(x); break;
+    }
+  }
+};
+
+// And how pairs are turned: all of an access of 16 bytes, or one of any type.
+template <class T>
+struct WideTurn : Wide {
+  static constexpr int count = 16 / sizeof(T);
+  __device__ __forceinline__ void turn(Value& low, Value& high, const float* cos, const float* sin) const {
+    rotate<T>(low, high, cos, sin);
+  }
+};
+struct NarrowTurn : Narrow {
+  static constexpr int count = 1;
+  DType dtype;
+
+  __device__ __forceinline__ NarrowTurn(int32_t width, DType dtype) : Narrow{width}, dtype(dtype) {}
+  __device__ __forceinline__ void turn(Value& low, Value& high, const float* cos, const float* sin) const {
+    switch (dtype) {
+      case DType::f64: return turn_one<double>(low, high, cos, sin);
+      case DType::bf16: return turn_one<bf16_t>(low, high, cos, sin);
+      case DType::f16: return turn_one<f16_t>(low, high, cos, sin);
+      default: return turn_one<float>(low, high, cos, sin);
+    }
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ static void turn_one(Value& low, Value& high, const float* cos, const float* sin) {
+    using Bits = typename Word<sizeof(T)>::type;
+    Bits a, b;
+    std::memcpy(&a, &low, sizeof a);
+    std::memcpy(&b, &high, sizeof b);
+    rotate<T>(a, b, cos, sin);
+    std::memcpy(&low, &a, sizeof a);
+    std::memcpy(&high, &b, sizeof b);
+  }
+};
 
 // What a thread moves of a walk: in every step `Count` rows that are `apart` rows from each other.
 template <class Rows, int Count>
@@ -61,31 +119,29 @@ struct Steps {
   }
 };
 
-template <int Width, bool InOrder, class Rows>
-__device__ __forceinline__ void copy_rows(const Columns& columns, const Rows& rows, const Walk& walk, int lanes_log2) {
-  using Access = typename Word<Width>::type;
+template <class Access, class Rows>
+__device__ __forceinline__ void copy_rows(const Access& access, const Columns& columns, const Rows& rows,
+                                          const Walk& walk, int lanes_log2) {
   Steps<Rows, accesses> steps(rows, walk, lanes_log2, columns.rest);
   const int64_t column = 2 * columns.half + steps.column;
   const char* source = rows.source + column * columns.source_step;
   char* target = rows.target + column * columns.target_step;
   for (uint32_t done = walk.first; done < walk.last; done += accesses * steps.apart) {
-    Access value[accesses];
+    typename Access::Value value[accesses];
     int32_t to[accesses];
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
       const Place& place = steps.place[i];
-      const bool writes = steps.writes(i) && !(InOrder && place.same);
-      value[i] = writes && place.source >= 0 ? load<InOrder, Access>(source + place.source) : Access{};
+      const bool writes = steps.writes(i) && !place.same;
+      value[i] = writes && place.source >= 0 ? access.load(source + place.source) : typename Access::Value{};
       to[i] = writes ? place.target : -1;
     }
     steps.first += accesses * steps.apart;
-    if constexpr (InOrder) {
-      steps.find();
-      __syncthreads();
-    }
+    steps.find();
+    if (rows.in_order) __syncthreads();
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
-      if (to[i] >= 0) *reinterpret_cast<Access*>(target + rows.target_of(steps.row(i - accesses), to[i])) = value[i];
+      if (to[i] >= 0) access.store(target + rows.target_of(steps.row(i - accesses), to[i]), value[i]);
     }
   }
 }
@@ -96,6 +152,7 @@ __device__ __forceinline__ bool stays(const Rows& rows, uint32_t row, bool same,
   const int lane = threadIdx.x % warp_lanes, lanes = 1 << lanes_log2;
   const int64_t at = same ? rows.table(row) * half : 0;
   bool turned = false;
+#pragma unroll 1
   for (int64_t j = lane & (lanes - 1); same && j < half; j += lanes) {
     turned = turned || __ldg(rows.cos + at + j) != 1.0f || __ldg(rows.sin + at + j) != 0.0f;
   }
@@ -103,85 +160,69 @@ __device__ __forceinline__ bool stays(const Rows& rows, uint32_t row, bool same,
   return same && (votes & (0xffffffffu >> (warp_lanes - lanes))) == 0;
 }
 
-template <class T, int Count, bool InOrder, class Rows>
-__device__ __forceinline__ void turn_rows(const Columns& columns, const Rows& rows, const Walk& walk, int lanes_log2) {
-  using Access = typename Word<Count * sizeof(T)>::type;
+template <class Access, class Rows>
+__device__ __forceinline__ void turn_rows(const Access& access, const Columns& columns, const Rows& rows,
+                                          const Walk& walk, int lanes_log2) {
   constexpr int pairs = accesses / 2;
   Steps<Rows, pairs> steps(rows, walk, lanes_log2, columns.half);
-  const int64_t half = columns.half * Count;
+  const int64_t half = columns.half * Access::count;
   const int64_t source_half = columns.half * columns.source_step, target_half = columns.half * columns.target_step;
   const char* source = rows.source + steps.column * columns.source_step;
   char* target = rows.target + steps.column * columns.target_step;
   for (uint32_t done = walk.first; done < walk.last; done += pairs * steps.apart) {
-    Access low[pairs], high[pairs];
+    typename Access::Value low[pairs], high[pairs];
     int32_t to[pairs];
     bool turns[pairs];
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {
       const Place& place = steps.place[i];
       bool writes = steps.writes(i);
-      if constexpr (InOrder && Rows::unturned_rows_stay) {
+      if constexpr (Rows::unturned_rows_stay) {
         writes = !stays(rows, steps.row(i), place.same, half, lanes_log2) && writes;
       }
       turns[i] = writes && place.source >= 0;
-      low[i] = turns[i] ? load<InOrder, Access>(source + place.source) : Access{};
-      high[i] = turns[i] ? load<InOrder, Access>(source + place.source + source_half) : Access{};
+      low[i] = turns[i] ? access.load(source + place.source) : typename Access::Value{};
+      high[i] = turns[i] ? access.load(source + place.source + source_half) : typename Access::Value{};
       to[i] = writes ? place.target : -1;
     }
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {
       if (!turns[i]) continue;
-      const int64_t at = rows.table(steps.row(i)) * half + steps.column * Count;
-      rotate<T>(low[i], high[i], rows.cos + at, rows.sin + at);
+      const int64_t at = rows.table(steps.row(i)) * half + steps.column * Access::count;
+      access.turn(low[i], high[i], rows.cos + at, rows.sin + at);
     }
     steps.first += pairs * steps.apart;
     steps.find();
-    if constexpr (InOrder) __syncthreads();
+    if (rows.in_order) __syncthreads();
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {
       if (to[i] < 0) continue;
       char* at = target + rows.target_of(steps.row(i - pairs), to[i]);
-      *reinterpret_cast<Access*>(at) = low[i];
-      *reinterpret_cast<Access*>(at + target_half) = high[i];
+      access.store(at, low[i]);
+      access.store(at + target_half, high[i]);
     }
   }
 }
 
-template <bool InOrder, class Rows>
-__device__ __forceinline__ void copy_rows(const Columns& columns, const Rows& rows, const Walk& walk, int lanes_log2) {
-  switch (columns.width) {
-    case 16: return copy_rows<16, InOrder>(columns, rows, walk, lanes_log2);
-    case 8: return copy_rows<8, InOrder>(columns, rows, walk, lanes_log2);
-    case 4: return copy_rows<4, InOrder>(columns, rows, walk, lanes_log2);
-    case 2: return copy_rows<2, InOrder>(columns, rows, walk, lanes_log2);
-    default: return copy_rows<1, InOrder>(columns, rows, walk, lanes_log2);
-  }
-}
-
-template <class T, bool InOrder, class Rows>
-__device__ __forceinline__ void turn_rows(const Columns& columns, const Rows& rows, const Walk& walk, int lanes_log2) {
-  if (columns.width == 16) return turn_rows<T, 16 / sizeof(T), InOrder>(columns, rows, walk, lanes_log2);
-  turn_rows<T, 1, InOrder>(columns, rows, walk, lanes_log2);
-}
-
-template <bool InOrder, class Rows>
-__device__ __forceinline__ void turn_rows(const Columns& columns, const Rows& rows, const Walk& walk, int lanes_log2) {
-  switch (columns.dtype) {
-    case DType::f64: return turn_rows<double, InOrder>(columns, rows, walk, lanes_log2);
-    case DType::bf16: return turn_rows<bf16_t, InOrder>(columns, rows, walk, lanes_log2);
-    case DType::f16: return turn_rows<f16_t, InOrder>(columns, rows, walk, lanes_log2);
-    default: return turn_rows<float, InOrder>(columns, rows, walk, lanes_log2);
-  }
-}
-
-// Moves the rows of a walk. Rows: the addresses `source` and `target`; place(row), whether the row is written, and
-// where that is behind the target; the tables `cos` and `sin`, and the row of them that turns a row.
-template <bool Turned, bool InOrder, class Rows>
+// Moves the rows of a walk. Rows: whether they move in order; the addresses `source` and `target`; place(row), and
+// target_of(row, place.target), bytes behind the target; the tables `cos` and `sin`, and the row of them that turns a
+// row.
+template <bool Turned, class Rows>
 __device__ __forceinline__ void move_rows(const Columns& columns, const Rows& rows, const Walk& walk, int lanes_log2) {
+  const bool wide = columns.width == 16;
   if constexpr (Turned) {
-    if (walk.pairs) return turn_rows<InOrder>(columns, rows, walk, lanes_log2);
+    if (walk.pairs) {
+      if (!wide) return turn_rows(NarrowTurn(columns.width, columns.dtype), columns, rows, walk, lanes_log2);
+      switch (columns.dtype) {
+        case DType::f64: return turn_rows(WideTurn<double>{}, columns, rows, walk, lanes_log2);
+        case DType::bf16: return turn_rows(WideTurn<bf16_t>{}, columns, rows, walk, lanes_log2);
+        case DType::f16: return turn_rows(WideTurn<f16_t>{}, columns, rows, walk, lanes_log2);
+        default: return turn_rows(WideTurn<float>{}, columns, rows, walk, lanes_log2);
+      }
+    }
   }
-  copy_rows<InOrder>(columns, rows, walk, lanes_log2);
+  if (wide) return copy_rows(Wide{}, columns, rows, walk, lanes_log2);
+  copy_rows(Narrow{columns.width}, columns, rows, walk, lanes_log2);
 }
 
 // The widest accesses that a row of x, `bits` or-ed together of every address and step it is found by, and its tables

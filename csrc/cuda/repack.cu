@@ -48,6 +48,7 @@ struct CacheRows {
   const char* source;
   char* target;  // where row 0 would be, and those of the walk are
   int64_t target_step;
+  bool in_order;
 
   __device__ __forceinline__ CacheRows(const CacheShape& s, const List& list, const char* source, char* to,
                                        const Walk& walk)
@@ -58,7 +59,8 @@ struct CacheRows {
         sin(list.sin),
         source(source),
         target(to),
-        target_step(s.target_step) {
+        target_step(s.target_step),
+        in_order(s.placement != Placement::elsewhere) {
     if (s.placement != Placement::in_heads) return;
     target_step = s.row_step;
     target += s.head_offset(walk.number) - walk.first * s.row_step;
@@ -93,15 +95,16 @@ struct CacheRows {
 
 // Zeroes the rows behind those that a head keeps, from the block's first one on: every thread has done its last load.
 template <class Access>
-__device__ __forceinline__ void zero_tail(const CacheShape& s, char* tensor, const Walk& walk, int lanes_log2) {
+__device__ __forceinline__ void zero_tail(const Access& access, const CacheShape& s, char* tensor, const Walk& walk,
+                                          int lanes_log2) {
   const Columns& c = s.columns;
   int64_t column = walk.column + (threadIdx.x & ((1u << lanes_log2) - 1));
   if (column >= (walk.pairs ? c.half : c.rest)) return;
   if (!walk.pairs) column += 2 * c.half;
   char* target = tensor + s.head_offset(walk.number) + column * c.target_step;
   for (int64_t row = s.kept + (threadIdx.x >> lanes_log2); row < s.kept + s.tail; row += blockDim.x >> lanes_log2) {
-    *reinterpret_cast<Access*>(target + row * s.row_step) = Access{};
-    if (walk.pairs) *reinterpret_cast<Access*>(target + row * s.row_step + c.half * c.target_step) = Access{};
+    access.store(target + row * s.row_step, {});
+    if (walk.pairs) access.store(target + row * s.row_step + c.half * c.target_step, {});
   }
 }
 
@@ -116,16 +119,10 @@ __global__ void __launch_bounds__(most_threads, Turned ? 2 : 3)
   const List list = tensors.list(tensors.list_of[walk.tensor]);
   char* target = tensors.target(walk.tensor);
   const CacheRows rows(s, list, tensors.source(walk.tensor), target, walk);
-  if (s.placement == Placement::elsewhere) return move_rows<Turned, false>(s.columns, rows, walk, lanes_log2);
-  move_rows<Turned, true>(s.columns, rows, walk, lanes_log2);
+  move_rows<Turned>(s.columns, rows, walk, lanes_log2);
   if (s.tail == 0) return;
-  switch (s.columns.width) {
-    case 16: return zero_tail<Word<16>::type>(s, target, walk, lanes_log2);
-    case 8: return zero_tail<Word<8>::type>(s, target, walk, lanes_log2);
-    case 4: return zero_tail<Word<4>::type>(s, target, walk, lanes_log2);
-    case 2: return zero_tail<Word<2>::type>(s, target, walk, lanes_log2);
-    default: return zero_tail<Word<1>::type>(s, target, walk, lanes_log2);
-  }
+  if (s.columns.width == 16) return zero_tail(Wide{}, s, target, walk, lanes_log2);
+  zero_tail(Narrow{s.columns.width}, s, target, walk, lanes_log2);
 }
 
 // A tensor as its rows move: what is equal for all of its shape, and how much that is.

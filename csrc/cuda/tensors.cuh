@@ -9,9 +9,9 @@
 
 namespace cacovid::cuda {
 
-constexpr int most_shapes = 4, most_pointers = 344, most_numbers = 224;
+constexpr int most_shapes = 4, most_pointers = 344, most_tensors = 224, most_lists = 128;
 
-static_assert(most_numbers <= 256, "numbers of lists are bytes");
+static_assert(most_lists <= 256, "numbers of lists are bytes");
 
 struct List {
   const int64_t* index;
@@ -27,7 +27,7 @@ struct Tensors {
   int32_t shape_count, list_count;
   int32_t targets, cu_seqlens, angles;  // where these pointers begin, behind those of the sources; 0: none
   int32_t index;
-  uint8_t list_of[most_numbers];
+  uint8_t list_of[most_tensors];
   void* pointers[most_pointers];
 
   __device__ __forceinline__ int shape_of(uint32_t block) const {
@@ -55,6 +55,7 @@ class Packer {
  public:
   struct Plan {
     Tensors<Shape> tensors;
+    std::vector<const cpu::KeptRows*> lists;
     int64_t blocks;
     int threads;
   };
@@ -83,7 +84,7 @@ class Packer {
 
   // What was collected, as walks of blocks behind the first `blocks`; forgets it.
   Plan take(int64_t blocks) {
-    Plan plan = {{}, blocks, 32};
+    Plan plan = {{}, lists_, blocks, 32};
     Tensors<Shape>& t = plan.tensors;
     const auto lists = static_cast<int32_t>(lists_.size());
     t.list_count = lists;
@@ -135,7 +136,7 @@ class Packer {
     const int32_t all = count_ + tensors, all_lists = static_cast<int32_t>(lists_.size()) + lists;
     const int32_t per_tensor = targets || targets_ ? 2 : 1;
     const int32_t per_list = 1 + (bounds || bounds_ ? 1 : 0) + (angles || angles_ ? 2 : 0);
-    return all <= most_numbers && all_lists <= 255 && all * per_tensor + all_lists * per_list <= most_pointers;
+    return all <= most_tensors && all_lists <= most_lists && all * per_tensor + all_lists * per_list <= most_pointers;
   }
 
   std::vector<const cpu::KeptRows*> lists_;

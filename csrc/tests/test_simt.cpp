@@ -32,6 +32,12 @@ TEST(every_thread_runs_once) {
   for (int i = 0; i < 210; ++i) CHECK_EQ(host[i], i / 70 * 1000 + i % 70);
 }
 
+TEST(launches_are_counted) {
+  const int64_t before = simt::launches();
+  for (int i = 0; i < 3; ++i) on_device(2, 32, 0, [] {});
+  CHECK_EQ(simt::launches() - before, 3);
+}
+
 TEST(warp_operations) {
   Device out(6 * 32);
   int* data = out.data;

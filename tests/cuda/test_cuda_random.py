@@ -8,7 +8,7 @@ from gpu.random_cases import RANDOM, random_case
 
 import cacovid_kernels as ck
 
-FAMILIES = ["combinations", "gather", "sample"]
+FAMILIES = ["combinations", "gather", "paged", "repack", "sample"]
 CASES, MOST = 200, 16
 
 

@@ -49,4 +49,12 @@ int gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int6
 int repack_rows(const cpu::CacheTensor* tensors, int64_t count, const cpu::KeptRows* kept, bool zero_tail,
                 Stream stream);
 
+// ---- paged --------------------------------------------------------------------------------------
+// As cpu::repack_pages, except that rows of a tensor number at most 2^31 - 1. One launch moves rows and writes tables,
+// for as many tensors as one of repack_rows; where there are several, the later ones only add to the status. In place a
+// head of a sequence is moved by one block, or by one block for each piece of its columns. With out_block_table no
+// block that is written may be read, else values, but never memory, are wrong.
+int repack_pages(const cpu::PagedTensor* tensors, int64_t tensor_count, const cpu::KeptRows* kept, int64_t lists,
+                 const cpu::PagedSequences& sequences, const cpu::PagedOutputs& out, Stream stream);
+
 }  // namespace cacovid::cuda
