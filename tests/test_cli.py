@@ -194,6 +194,7 @@ def test_doctor_leaves_out_what_a_backend_has_no_kernel_for(monkeypatch):
     if ck.backends()["cpu"]:
         pytest.skip(ck.backends()["cpu"])
     monkeypatch.setitem(doctor.KNOWN_ANSWERS, "fly", (absent, [1]))
+    monkeypatch.setitem(doctor.PROBES, "fly", absent)
     right, fault = doctor.self_test("cpu", 0.0)
     assert fault == ""
     assert right.startswith("4 known answers")
