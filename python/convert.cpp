@@ -126,6 +126,10 @@ template <>
 constexpr DType dtype_of<double>() {
   return DType::f64;
 }
+template <>
+constexpr DType dtype_of<bool>() {
+  return DType::b8;
+}
 }  // namespace
 
 template <class T>
@@ -148,6 +152,7 @@ template int64_t* output<int64_t>(py::handle, const char*, int64_t, int);
 template int32_t* output<int32_t>(py::handle, const char*, int64_t, int);
 template float* output<float>(py::handle, const char*, int64_t, int);
 template double* output<double>(py::handle, const char*, int64_t, int);
+template bool* output<bool>(py::handle, const char*, int64_t, int);
 
 #if defined(CACOVID_CUDA)
 void check_launch(const char* op, int error) {

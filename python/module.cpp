@@ -14,6 +14,7 @@ void bind_cuda_gather(py::module_&);
 void bind_cuda_paged(py::module_&);
 void bind_cuda_repack(py::module_&);
 void bind_cuda_sample(py::module_&);
+void bind_cuda_select(py::module_&);
 #endif
 }  // namespace cacovid::python
 
@@ -36,5 +37,6 @@ PYBIND11_MODULE(_C, m) {
   cacovid::python::bind_cuda_paged(cuda);
   cacovid::python::bind_cuda_repack(cuda);
   cacovid::python::bind_cuda_sample(cuda);
+  cacovid::python::bind_cuda_select(cuda);
 #endif
 }

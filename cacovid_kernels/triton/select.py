@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cacovid_kernels._words import sort_words
 from cacovid_kernels.reference.select import kept_by, video_ratios
 from cacovid_kernels.triton import radix, topk
 from cacovid_kernels.triton.budget import (
@@ -191,7 +192,7 @@ def select_tokens(
             scores, frame_scores, plan, videos, (token, frame, out), indices, frame_counts, frame_status, by_score
         )
         if by_score:
-            _sort_words(indices[out : out + kept].view(videos, plan.num_keep), token, plan.tokens)
+            sort_words(indices[out : out + kept].view(videos, plan.num_keep), token, plan.tokens)
         token, frame, out = token + tokens, frame + videos * plan.frames, out + kept
     return indices, frame_counts, frame_status
 
@@ -243,16 +244,6 @@ def _select_run(
         num_warps=max(1, min(16, warps)), maxnreg=REGISTERS, FLOAT_RANKS=plan.float_ranks, WORDS=words,
         BITS=topk.key_bits(scores.dtype), LEVEL_BITS=block_p.bit_length(), BLOCK_T=block_t, BLOCK_P=block_p,
     )  # fmt: skip
-
-
-def _sort_words(words: Tensor, first: int, tokens: int) -> None:
-    """Turns the rank words of each video, `[B, K]`, into flat positions by falling score, in place.
-
-    The words differ from each other, so any sort gives one order, and torch has a fast one for rows of any length.
-    """
-    ranked = torch.sort(words, descending=True).values
-    start = torch.arange(words.shape[0], device=words.device)[:, None] * tokens + first
-    torch.add(ranked.bitwise_not_().bitwise_and_(0xFFFFFFFF), start, out=words)
 
 
 __all__ = ["allocate_budget", "segmented_topk", "select_kept", "select_tokens"]

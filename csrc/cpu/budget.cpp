@@ -1,7 +1,6 @@
 #include "cacovid/budget.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "cacovid/ops.h"
 #include "isa/noise_loops.h"
@@ -12,8 +11,6 @@ namespace cacovid::cpu {
 namespace {
 
 struct logit_scratch;
-
-constexpr double infinity = std::numeric_limits<double>::infinity();
 
 // Scores scaled to [-3, 3], the largest magnitude to 3; -inf and NaN to -inf. Returns the largest.
 double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double* logits, int32_t* status) {
@@ -27,16 +24,13 @@ double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double*
     const double x = element_of(scores, first + f);
     const double magnitude = std::fabs(x);
     if (x != x) status[f] = status_nan;
-    if (x == infinity) status[f] = status_posinf;
-    if (magnitude < infinity) largest = std::max(largest, magnitude);
-    logits[f] = x == x ? x : -infinity;
+    if (x == infinite_score) status[f] = status_posinf;
+    if (magnitude < infinite_score) largest = std::max(largest, magnitude);
+    logits[f] = x;
   }
-  double top = -infinity;
+  double top = no_chance;
   for (int64_t f = 0; f < frames; ++f) {
-    const double x = logits[f];
-    // 0 where every finite score is 0: the published code divides zero by zero there.
-    const double scaled = largest > 0.0 ? x / largest * 3.0 : 0.0;
-    logits[f] = x == infinity ? 3.0 : x == -infinity ? x : scaled;
+    logits[f] = frame_logit(logits[f], largest);
     top = std::max(top, logits[f]);
   }
   return top;
@@ -46,14 +40,14 @@ double frame_logits(const Tensor& scores, int64_t first, int64_t frames, double*
 int64_t frame_weights(const Tensor& scores, int64_t first, const BudgetPlan& p, int64_t* weights, int32_t* status) {
   double* e = scratch<logit_scratch, double>(p.frames);
   const double top = frame_logits(scores, first, p.frames, e, status);
-  if (top == -infinity) std::fill_n(e, p.frames, 0.0);  // no score to go by: all frames alike
-  noise_loops().exp_below(e, p.frames, top == -infinity ? 0.0 : top, e);
+  if (top == no_chance) std::fill_n(e, p.frames, 0.0);  // no score to go by: all frames alike
+  noise_loops().exp_below(e, p.frames, top == no_chance ? 0.0 : top, e);
   int64_t total = 0;
   for (int64_t f = 0; f < p.frames; ++f) total += to_fixed(e[f]);
   const double norm = from_fixed(total);
   int64_t clipped = 0;
   for (int64_t f = 0; f < p.frames; ++f) {
-    weights[f] = to_fixed(std::min(std::max(e[f] / norm, p.weight_min), p.weight_max));
+    weights[f] = frame_weight(e[f], norm, p.weight_min, p.weight_max);
     clipped += weights[f];
   }
   return clipped;
@@ -95,11 +89,9 @@ void allocate_budget(Tensor frame_scores, Videos videos, int64_t* counts, int32_
     const BudgetPlan& p = videos.plans[v];
     int64_t* c = counts + first;
     const int64_t weight = frame_weights(frame_scores, first, p, c, frame_status + first);
-    const double norm = static_cast<double>(std::max<int64_t>(weight, 1));
     int64_t total = 0;
     for (int64_t f = 0; f < p.frames; ++f) {
-      const double share = round_even(static_cast<double>(c[f]) * p.quota / norm);
-      c[f] = std::min<int64_t>(std::max<int64_t>(static_cast<int64_t>(share), 1), p.cap);
+      c[f] = frame_share(c[f], weight, p.quota, p.cap);
       total += c[f];
     }
     if (total != p.num_ranked) level(c, p.frames, p.num_ranked - total, p.tokens_per_frame);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "cacovid/exact.h"
 
@@ -57,12 +58,41 @@ inline BudgetPlan plan_budget(int64_t t, int64_t h, int64_t w, int64_t num_keep,
   return p;
 }
 
+// ---- shares of the frames ----------------------------------------------------------------------
+
+constexpr double infinite_score = std::numeric_limits<double>::infinity();
+constexpr double no_chance = -infinite_score;
+
+// A frame score scaled to [-3, 3], the largest finite magnitude of the video to 3. Never falls as x rises.
+CACOVID_HD double frame_logit(double x, double largest) {
+  // 0 where every finite score is 0: the published code divides zero by zero there.
+  const double scaled = largest > 0.0 ? x / largest * 3.0 : 0.0;
+  return x == infinite_score ? 3.0 : x > no_chance ? scaled : no_chance;
+}
+
+// The clipped softmax in fixed point; `norm` is the sum of e over the frames.
+CACOVID_HD int64_t frame_weight(double e, double norm, double weight_min, double weight_max) {
+  const double weight = e / norm, raised = weight < weight_min ? weight_min : weight;
+  return to_fixed(weight_max < raised ? weight_max : raised);
+}
+
+// Ranked tokens of a frame before levelling; `total` is the sum of all weights.
+CACOVID_HD int64_t frame_share(int64_t weight, int64_t total, double quota, int64_t cap) {
+  const double norm = static_cast<double>(total > 1 ? total : 1);
+  const int64_t share = static_cast<int64_t>(round_even(static_cast<double>(weight) * quota / norm));
+  const int64_t raised = share > 1 ? share : 1;
+  return raised < cap ? raised : cap;
+}
+
+// ---- uniform fill ------------------------------------------------------------------------------
+
 // Uniformly spaced positions among `unranked` tokens, strictly increasing.
 struct UniformFill {
   int64_t count = 0;
   int64_t unranked = 0;
   bool float_ranks = false;
   float last = 0, step = 0;    // of the float32 linspace
+  double spacing = 0;          // of the exact ranks
   double picks_per_token = 0;  // for a first guess of `below`
 
   CACOVID_HD UniformFill() {}
@@ -73,6 +103,7 @@ struct UniformFill {
     if (count <= 1) return;
     last = static_cast<float>(unranked - 1);
     step = last / static_cast<float>(count - 1);
+    spacing = static_cast<double>(unranked - 1) / static_cast<double>(count - 1);
     picks_per_token = static_cast<double>(count - 1) / static_cast<double>(unranked - 1);
   }
 
@@ -84,9 +115,11 @@ struct UniformFill {
       const double down = static_cast<double>(last) - static_cast<double>(step) * static_cast<double>(count - 1 - j);
       return static_cast<int64_t>(round_even(static_cast<double>(j < count / 2 ? up : static_cast<float>(down))));
     }
-    const int64_t numerator = j * (unranked - 1), denominator = count - 1;
-    const int64_t quotient = numerator / denominator, twice = 2 * (numerator % denominator);
-    return quotient + (twice > denominator || (twice == denominator && (quotient & 1)) ? 1 : 0);
+    // j * (unranked - 1) / (count - 1), half to even. The product is off by less than 1 from the quotient, and what
+    // remains is exact: no division of 64-bit integers.
+    const int64_t gaps = count - 1, quotient = round_even_bits(static_cast<double>(j) * spacing);
+    const int64_t twice = 2 * (j * (unranked - 1) - quotient * gaps), odd = quotient & 1;
+    return quotient + (twice + odd > gaps ? 1 : 0) - (twice - odd < -gaps ? 1 : 0);
   }
 
   // Number of positions below `bound`: a guess by proportion, then a step or two.

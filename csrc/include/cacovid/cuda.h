@@ -34,6 +34,44 @@ int sample_combinations(Tensor token_scores, Tensor frame_scores, const Combinat
                         cpu::CombinationSamples samples, cpu::DrawKey key, const int64_t* added_steps,
                         const cpu::CombinationOutputs& out, uint32_t* packed, Stream stream);
 
+// ---- select -------------------------------------------------------------------------------------
+// Entries of int64 scratch that videos of very many frames need; 0 for all others.
+int64_t budget_scratch(cpu::Videos videos);
+
+// As cpu::allocate_budget. `scratch`: budget_scratch(videos) entries, null for none.
+int allocate_budget(Tensor frame_scores, cpu::Videos videos, int64_t* scratch, int64_t* counts, int32_t* frame_status,
+                    Stream stream);
+
+// Rows of a tensor [N, D], step_bytes apart, of which the kept ones become the contiguous target [K, D].
+struct KeptTokens {
+  const void* source;  // null: not wanted
+  int64_t step_bytes;
+  void* target;
+  int64_t row_bytes;
+};
+
+// What a selection of K of N tokens in F frames writes; null pointers are not wanted.
+struct SelectOutputs {
+  int64_t* indices;       // [K] flat positions, ascending
+  int64_t* frame_counts;  // [F] kept tokens
+  int32_t* frame_status;  // [F]
+  bool* mask;             // [N] whether a token is kept; every element is written
+  int64_t* positions;     // [3, K] frame, row and column of every kept token within its video
+  int32_t* cu_seqlens;    // [videos + 1] kept tokens of the videos before; no video, nothing written
+  KeptTokens tokens;
+};
+
+// As cpu::select_tokens, in one launch for every 16 videos that differ, one more for each that needs scratch.
+// widths [videos] on the host: columns of a frame, for the positions. `words`: `indices` gets rank words (order.h) of
+// (score, position in its video) that order as signed integers, the greatest first, in the order of positions.
+int select_tokens(Tensor token_scores, Tensor frame_scores, cpu::Videos videos, const int64_t* widths, bool words,
+                  int64_t* scratch, const SelectOutputs& out, Stream stream);
+
+// As cpu::segmented_topk, in one launch for every 16 runs of segments of one length and k. `words`: as above, the
+// positions counted from the start of the segment.
+int segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int64_t segments, bool words,
+                   int64_t* indices, int32_t* status, Stream stream);
+
 // ---- gather -------------------------------------------------------------------------------------
 // As cpu::gather_rows: one launch for every 8 tensors.
 int gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int64_t* index, int64_t kept,
