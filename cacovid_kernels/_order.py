@@ -18,16 +18,14 @@ ALL = float("inf")
 MEASURED: tuple[str, ...] = ()
 
 _LATENCY = "the time of one launch: no Python between the check of its arguments and the driver"
+_LONG = "a row may be long: several programs share one, a CUDA block takes it alone"
 _COPY = "as many bytes in flight, and a launch that costs less"
 TABLE: dict[str, tuple[Rule, ...]] = {
     "sample_combinations": (Rule(ALL, "cuda", _LATENCY),),
-    "gumbel_topk": (
-        Rule(2**20, "cuda", _LATENCY),
-        Rule(ALL, "triton", "a row may be long: several programs share one, a CUDA block takes it alone"),
-    ),
+    "gumbel_topk": (Rule(2**20, "cuda", _LATENCY), Rule(ALL, "triton", _LONG)),
     "allocate_budget": (Rule(ALL, "cuda", _LATENCY),),
-    "select_tokens": (Rule(ALL, "cuda", _LATENCY),),
-    "segmented_topk": (Rule(ALL, "cuda", _LATENCY),),
+    "select_tokens": (Rule(2**18, "cuda", _LATENCY), Rule(ALL, "triton", _LONG)),
+    "segmented_topk": (Rule(2**18, "cuda", _LATENCY), Rule(ALL, "triton", _LONG)),
     "select_kept": (Rule(ALL, "cuda", "rows are copied by the launch that selects them"),),
     "gather_rows": (Rule(ALL, "cuda", _COPY),),
     "gather_rows_out": (Rule(ALL, "cuda", _COPY),),
