@@ -96,7 +96,7 @@ struct NarrowTurn : Narrow {
   }
 };
 
-// What a thread moves of a walk: in every step `Count` rows that are `apart` rows from each other.
+// What a thread moves of a walk that is not empty: in every step `Count` rows that are `apart` rows from each other.
 template <class Rows, int Count>
 struct Steps {
   const Rows& rows;
@@ -112,11 +112,24 @@ struct Steps {
     find();
   }
   __device__ __forceinline__ uint32_t row(int i) const { return first + i * apart; }
-  __device__ __forceinline__ bool writes(int i) const { return inside && place[i].target >= 0; }
+  __device__ __forceinline__ bool writes(int i) const { return inside && row(i) < last && place[i].target >= 0; }
+
+  // All loads before the first use of one, and no branch between them: their latencies are to overlap.
   __device__ __forceinline__ void find() {
+    int64_t position[Count];
 #pragma unroll
-    for (int i = 0; i < Count; ++i) place[i] = row(i) < last ? rows.place(row(i)) : Place{-1, -1, false};
+    for (int i = 0; i < Count; ++i) position[i] = __ldg(rows.index + rows.entry(known(i)));
+#pragma unroll
+    for (int i = 0; i < Count; ++i) place[i] = rows.place(known(i), position[i]);
   }
+
+  __device__ __forceinline__ void advance(bool more) {
+    first += Count * apart;
+    if (more) find();
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t known(int i) const { return row(i) < last ? row(i) : last - 1; }
 };
 
 template <class Access, class Rows>
@@ -126,7 +139,7 @@ __device__ __forceinline__ void copy_rows(const Access& access, const Columns& c
   const int64_t column = 2 * columns.half + steps.column;
   const char* source = rows.source + column * columns.source_step;
   char* target = rows.target + column * columns.target_step;
-  for (uint32_t done = walk.first; done < walk.last; done += accesses * steps.apart) {
+  for (uint32_t done = walk.first; done < walk.last;) {
     typename Access::Value value[accesses];
     int32_t to[accesses];
 #pragma unroll
@@ -136,8 +149,8 @@ __device__ __forceinline__ void copy_rows(const Access& access, const Columns& c
       value[i] = writes && place.source >= 0 ? access.load(source + place.source) : typename Access::Value{};
       to[i] = writes ? place.target : -1;
     }
-    steps.first += accesses * steps.apart;
-    steps.find();
+    done += accesses * steps.apart;
+    steps.advance(done < walk.last);
     if (rows.in_order) __syncthreads();
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
@@ -169,7 +182,7 @@ __device__ __forceinline__ void turn_rows(const Access& access, const Columns& c
   const int64_t source_half = columns.half * columns.source_step, target_half = columns.half * columns.target_step;
   const char* source = rows.source + steps.column * columns.source_step;
   char* target = rows.target + steps.column * columns.target_step;
-  for (uint32_t done = walk.first; done < walk.last; done += pairs * steps.apart) {
+  for (uint32_t done = walk.first; done < walk.last;) {
     typename Access::Value low[pairs], high[pairs];
     int32_t to[pairs];
     bool turns[pairs];
@@ -191,8 +204,8 @@ __device__ __forceinline__ void turn_rows(const Access& access, const Columns& c
       const int64_t at = rows.table(steps.row(i)) * half + steps.column * Access::count;
       access.turn(low[i], high[i], rows.cos + at, rows.sin + at);
     }
-    steps.first += pairs * steps.apart;
-    steps.find();
+    done += pairs * steps.apart;
+    steps.advance(done < walk.last);
     if (rows.in_order) __syncthreads();
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {
@@ -204,11 +217,12 @@ __device__ __forceinline__ void turn_rows(const Access& access, const Columns& c
   }
 }
 
-// Moves the rows of a walk. Rows: whether they move in order; the addresses `source` and `target`; place(row), and
-// target_of(row, place.target), bytes behind the target; the tables `cos` and `sin`, and the row of them that turns a
-// row.
+// Moves the rows of a walk. Rows: whether they move in order; the addresses `source` and `target`; `index`, the entry
+// of a row in it, and what place(row, position) that is; target_of(row, place.target), bytes behind the target; the
+// tables `cos` and `sin`, and the row of them that turns a row.
 template <bool Turned, class Rows>
 __device__ __forceinline__ void move_rows(const Columns& columns, const Rows& rows, const Walk& walk, int lanes_log2) {
+  if (walk.first == walk.last) return;
   const bool wide = columns.width == 16;
   if constexpr (Turned) {
     if (walk.pairs) {

@@ -28,18 +28,20 @@ struct Sequences {
   uint32_t blocks;
   bool in_place;
 
-  __device__ __forceinline__ int32_t block_of(const int32_t* table, int64_t width, uint32_t sequence,
-                                              uint32_t row) const {
-    const int32_t id = __ldg(table + sequence * width + block_size.quotient(row));
-    return static_cast<uint32_t>(id) < blocks ? id : -1;
-  }
+  // Both read the table whatever the row is: a branch would hold up the loads behind it.
   __device__ __forceinline__ int32_t source(uint32_t sequence, int64_t position) const {
     const int64_t length = __ldg(seq_lens + sequence), room = width * block_size.by;
     const bool inside = position >= 0 && position < length && position < room;
-    return inside ? block_of(block_table, width, sequence, static_cast<uint32_t>(position)) : -1;
+    const int32_t id = block_of(block_table, width, sequence, inside ? static_cast<uint32_t>(position) : 0);
+    return inside ? id : -1;
   }
   __device__ __forceinline__ int32_t target(uint32_t sequence, uint32_t row) const {
     return block_of(target_table, target_width, sequence, row);
+  }
+  __device__ __forceinline__ int32_t block_of(const int32_t* table, int64_t columns, uint32_t sequence,
+                                              uint32_t row) const {
+    const int32_t id = __ldg(table + sequence * columns + block_size.quotient(row));
+    return static_cast<uint32_t>(id) < blocks ? id : -1;
   }
   __device__ __forceinline__ uint32_t slot_of(uint32_t row) const {
     return block_size.remainder(row, block_size.quotient(row));
@@ -83,12 +85,15 @@ struct PageRows {
     return block * shape.block_step + s.slot_of(row) * shape.slot_step + head * shape.head_step;
   }
 
-  __device__ __forceinline__ Place place(uint32_t row) const {
+  __device__ __forceinline__ int64_t entry(uint32_t row) const {
     const Own o = own(row);
-    const int64_t position = __ldg(index + o.sequence * shape.keep_batch_step + o.head * shape.keep_head_step + o.row);
+    return o.sequence * shape.keep_batch_step + o.head * shape.keep_head_step + o.row;
+  }
+  __device__ __forceinline__ Place place(uint32_t row, int64_t position) const {
+    const Own o = own(row);
     const int32_t to = s.target(o.sequence, o.row), from = s.source(o.sequence, position);
-    return {from >= 0 ? offset(from, static_cast<uint32_t>(position), o.head) : -1, position == -1 ? -1 : to,
-            s.in_place && from >= 0 && position == o.row};
+    const int64_t at = offset(from, from >= 0 ? static_cast<uint32_t>(position) : 0, o.head);
+    return {from >= 0 ? at : -1, position == -1 ? -1 : to, s.in_place && from >= 0 && position == o.row};
   }
   __device__ __forceinline__ int64_t target_of(uint32_t row, int32_t block) const {
     const Own o = own(row);
@@ -212,7 +217,7 @@ struct Task {
 class Launches {
  public:
   Launches(const PagedSequences& s, int64_t per_head, int64_t heads, const PagedOutputs& out, Stream stream)
-      : sequences_{s.block_table,
+      : sequences_{s.width > 0 ? s.block_table : s.out_block_table,  // one that can be read
                    s.out_block_table == nullptr ? s.block_table : s.out_block_table,
                    s.seq_lens,
                    s.width,

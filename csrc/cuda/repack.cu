@@ -66,29 +66,24 @@ struct CacheRows {
     target += s.head_offset(walk.number) - walk.first * s.row_step;
   }
 
-  __device__ __forceinline__ Place place(uint32_t row) const {
-    uint32_t head;
-    int64_t entry = row;
-    if (s.ragged_heads > 0) {
-      head = head_of(row, cu_seqlens, s.ragged_heads);
-    } else {
-      head = s.per_head.quotient(row);
-      entry = entry_of(row, head, s.keep_batch_step, s.keep_head_step);
-    }
-    const int64_t position = __ldg(index + entry);
+  __device__ __forceinline__ int64_t entry(uint32_t row) const {
+    return entry_of(row, s.keep_batch_step, s.keep_head_step);
+  }
+  __device__ __forceinline__ Place place(uint32_t row, int64_t position) const {
+    const uint32_t head = s.ragged_heads > 0 ? head_of(row, cu_seqlens, s.ragged_heads) : s.per_head.quotient(row);
     const bool inside = static_cast<uint64_t>(position) < static_cast<uint64_t>(s.tokens);
-    return {inside ? s.head_offset(head) + position * s.row_step : -1, 0, false};
+    const int64_t from = s.head_offset(head) + (inside ? position : 0) * s.row_step;
+    return {inside ? from : -1, 0, false};
   }
   __device__ __forceinline__ int64_t target_of(uint32_t row, int32_t) const { return row * target_step; }
   __device__ __forceinline__ int64_t table(uint32_t row) const {
-    if (s.ragged_heads > 0) return row;
-    return entry_of(row, s.per_head.quotient(row), s.table_batch_step, s.table_head_step);
+    return entry_of(row, s.table_batch_step, s.table_head_step);
   }
 
  private:
-  __device__ __forceinline__ int64_t entry_of(uint32_t row, uint32_t head, int64_t batch_step,
-                                              int64_t head_step) const {
-    const uint32_t batch = s.heads.quotient(head);
+  __device__ __forceinline__ int64_t entry_of(uint32_t row, int64_t batch_step, int64_t head_step) const {
+    if (s.ragged_heads > 0) return row;
+    const uint32_t head = s.per_head.quotient(row), batch = s.heads.quotient(head);
     return batch * batch_step + s.heads.remainder(head, batch) * head_step + s.per_head.remainder(row, head);
   }
 };

@@ -88,7 +88,7 @@ def plain(xs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 2, 3, 16, 33, 64, 100, 512, 1100])
+@pytest.mark.parametrize("columns", [1, 2, 3, 16, 33, 64, 100, 600])
 def test_rows_of_every_width(dtype, columns):
     torch.manual_seed(columns)
     full = random_bits((2, 3, 9, columns), dtype)
