@@ -25,7 +25,8 @@ bool is_angle(const Tensor& t, int64_t per_head) {
 }
 
 KeptRows to_kept(const Tensor& index, const Tensor& cos, const Tensor& sin, int64_t sequences, int64_t heads) {
-  check(index.dtype == DType::i64 && index.ndim == 3 && index.contiguous(), "keep must be contiguous int64 [b, h, K]");
+  check(index.dtype == DType::i64 && index.ndim == 3 && index.contiguous() && index.sizes[1] > 0,
+        "keep must be contiguous int64 [b, h, K] with heads");
   KeptRows k = {};
   k.index = index.as<int64_t>();
   k.per_head = index.sizes[2];

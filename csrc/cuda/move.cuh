@@ -113,6 +113,7 @@ struct Steps {
   }
   __device__ __forceinline__ uint32_t row(int i) const { return first + i * apart; }
   __device__ __forceinline__ bool writes(int i) const { return inside && row(i) < last && place[i].target >= 0; }
+  __device__ __forceinline__ bool same(int i) const { return row(i) < last && place[i].same; }
 
   // All loads before the first use of one, and no branch between them: their latencies are to overlap.
   __device__ __forceinline__ void find() {
@@ -191,7 +192,7 @@ __device__ __forceinline__ void turn_rows(const Access& access, const Columns& c
       const Place& place = steps.place[i];
       bool writes = steps.writes(i);
       if constexpr (Rows::unturned_rows_stay) {
-        writes = !stays(rows, steps.row(i), place.same, half, lanes_log2) && writes;
+        writes = !stays(rows, steps.row(i), steps.same(i), half, lanes_log2) && writes;
       }
       turns[i] = writes && place.source >= 0;
       low[i] = turns[i] ? access.load(source + place.source) : typename Access::Value{};

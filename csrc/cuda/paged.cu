@@ -57,8 +57,8 @@ struct Pages {
   Tensors<PageShape> tensors;
   Sequences sequences;
   PagedOutputs out;
-  uint32_t count;  // of sequences
-  bool first;      // launch of the call
+  uint32_t count, rows;  // of sequences; of every list
+  bool first;            // launch of the call
   uint8_t lists[most_lists];
 };
 static_assert(sizeof(Pages) <= 4096, "the arguments of a kernel fit into 4 KiB");
@@ -124,7 +124,7 @@ __device__ __forceinline__ void copy_front(int32_t* to, const int32_t* from, int
 // What becomes of the tables of a sequence.
 __device__ __forceinline__ void account(const Pages& p, uint32_t sequence) {
   const Sequences& s = p.sequences;
-  const uint32_t rows = s.per_head.by;
+  const uint32_t rows = p.rows;
   bool outside = false;
   for (int l = 0; l < p.tensors.list_count; ++l) {
     const uint32_t heads = p.lists[l] & own_heads ? s.heads.by : 1, entries = heads * rows;
@@ -245,7 +245,8 @@ class Launches {
   int enqueue() {
     if (packer_.empty()) return 0;
     const auto plan = packer_.take(count_);
-    Pages pages = {plan.tensors, sequences_, out_, static_cast<uint32_t>(count_), first_, {}};
+    Pages pages = {plan.tensors, sequences_, out_, static_cast<uint32_t>(count_), static_cast<uint32_t>(per_head_),
+                   first_,       {}};
     bool turned = false;
     for (const PageShape& s : pages.tensors.shapes) turned = turned || s.columns.half > 0;
     for (size_t l = 0; l < plan.lists.size(); ++l) {
