@@ -86,7 +86,7 @@ __device__ __forceinline__ void select_row(const Params& p, const Run& run, cons
                                            uint16_t* numbers) {
   const uint32_t tokens = static_cast<uint32_t>(run.plan.tokens_per_frame);
   const KeyFormat format(p.scores.dtype);
-  picked[lane % Keys] = 0;
+  if (lane < Keys) picked[lane] = 0;
   __syncwarp();
   for (int64_t j = budget.first_pick + lane; j < budget.last_pick; j += warp_lanes) {
     const uint32_t rank = static_cast<uint32_t>(run.fill[j] - budget.unranked_before);
