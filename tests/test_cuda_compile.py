@@ -108,6 +108,11 @@ def test_contraction_is_seen():
     assert [line.split(":")[0] for line in cuda_compile.contracted(commands)] == ["c.cu", "d.cu"]
 
 
+def test_files_that_claim_wide_accesses_exist():
+    for file in cuda_compile.WIDE:
+        assert (PATH.parents[2] / "csrc" / "cuda" / file).exists()
+
+
 @pytest.mark.skipif(not shutil.which("c++filt"), reason="c++filt is missing")
 def test_names_are_short(kernels):
     for (symbol, _), kernel in kernels.items():
