@@ -36,7 +36,7 @@ struct Space {
   int32_t* valid;           // items that have a chance
   int32_t* open;            // groups that can be drawn
 
-  __host__ __device__ static int64_t bytes(int64_t items, int64_t groups, int64_t shares, bool races) {
+  CACOVID_HD static constexpr int64_t bytes(int64_t items, int64_t groups, int64_t shares, bool races) {
     return padded_run(items) * (races ? 24 : 16) + shares * 8 + items * 4 + groups * 12 +
            (races ? (items + 31) / 32 * 4 : 0) + 8;
   }

@@ -2,9 +2,10 @@
 // every video. A block ranks its scores once and then draws a chunk of samples.
 //
 // For 32 frames of 196 tokens, 23 samples, 25 groups of up to 8: 32 + 1 blocks, each of which holds all its samples in
-// one round, 8 lanes apiece. What takes time is one chain: the load of the scores, the ranking (4 barriers, about 50
-// dependent reads of shared memory), a division for every group that is capped (about 3 to 9), ten rounds of Philox
-// for the group and ten for the tokens, 7 exchanges between lanes. That is 6,000 to 9,000 cycles, 3 to 5 us.
+// one round, 8 lanes apiece. What takes time is one chain: the load of the scores, the ranking (four barriers, some 40
+// reads of shared memory), a division for every group that is capped (3 to 9 as a rule), ten rounds of Philox for the
+// tokens of a group, 7 exchanges between lanes. By the latencies of an H200 that is about 6,000 cycles, 3 to 4 us
+// beside the launch.
 #include "combination_draws.cuh"
 #include "scores.cuh"
 
@@ -39,6 +40,8 @@ struct Call {
   uint32_t* packed;
 };
 static_assert(sizeof(Call) <= 4096, "the arguments of a kernel fit into 4 KiB");
+static_assert(Space::bytes(most_combination_tokens, most_combination_tokens, most_combination_tokens, true) <= 99 << 10,
+              "every GPU from sm_80 on has this much shared memory for a block");
 
 __host__ __device__ constexpr int32_t lanes_of(int64_t largest_group) {
   return largest_group <= 8 ? 8 : largest_group <= 16 ? 16 : largest_group <= 32 ? 32 : 0;

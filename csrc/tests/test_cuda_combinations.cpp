@@ -138,6 +138,16 @@ TEST(combinations_of_chosen_sizes) {
   }
 }
 
+// So many samples that a block draws one after another.
+TEST(combinations_in_rounds_of_a_block) {
+  Random random(8);
+  Case c;
+  c.add({1, 34, 2, 1, 1.0, 1});
+  c.samples = {1026, 0, true};
+  c.masks = true;
+  c.check(random);
+}
+
 // More videos than one launch takes.
 TEST(combinations_of_many_videos) {
   Random random(7);
