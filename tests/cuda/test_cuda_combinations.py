@@ -104,7 +104,8 @@ def test_more_samples_than_a_block_holds():
 
 def test_several_rounds_of_a_block():
     same_as_engine(randn(520, 9), num_samples=70, keep_ratio=0.2)
-    same_as_engine(randn(1, 40), randn(40), num_samples=1100, num_frame_samples=1100, keep_ratio=0.5)
+    same_as_engine(randn(1, 40), num_samples=1100, keep_ratio=0.5)
+    same_as_engine(randn(40, 2), randn(40), num_samples=1, num_frame_samples=1100, keep_ratio=0.5)
 
 
 def test_more_videos_than_one_launch_takes():
