@@ -102,7 +102,7 @@ __device__ __forceinline__ void select_row(const Params& p, const Run& run, cons
     const uint32_t ranked = __shfl_sync(all_lanes, own, i), token = i * warp_lanes + lane;
     const uint32_t rank = passed + count_before(~ranked, lane);
     const bool is_ranked = ranked >> lane & 1, is_pick = picked[rank / 32] >> rank % 32 & 1;
-    const bool is_kept = is_ranked || (is_pick && token < tokens);
+    const bool is_kept = is_ranked || is_pick;  // no pick is as high as the rank of what is behind the row
     const uint32_t kept = __ballot_sync(all_lanes, is_kept);
     if (is_kept) numbers[listed + count_before(kept, lane)] = static_cast<uint16_t>(token);
     if (p.kept.to.mask != nullptr && first_share && token < tokens) p.kept.to.mask[item.token + token] = is_kept;
@@ -117,7 +117,6 @@ __device__ __forceinline__ void select_row(const Params& p, const Run& run, cons
                [&](uint32_t number) { return format.key(load_bits(row + number * p.scores.stride, p.scores.dtype)); });
   }
   if (p.kept.columns > 0) copy_list(p.kept, list, item.share, run.shares, lane);
-  __syncwarp();  // the next frame writes to `picked` and `numbers`
 }
 
 // Selects from a frame of any length, by a block: the threshold first, then tile by tile. `memory`: histogram_words,
