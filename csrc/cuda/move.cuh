@@ -3,8 +3,7 @@
 // - Positions of a list ascend, so row r of the result comes from row r or from one behind it, and sources ascend.
 // - So what a later step reads lies behind everything that this step writes.
 // - What this step itself reads is in registers before its first store: that is what the barrier is for. The stores
-// need
-//   none behind them, since later loads touch none of their rows.
+//   need none behind them, since later loads touch none of their rows.
 //
 // Lists that break the rule move wrong rows, but all of them inside the tensor.
 #pragma once
