@@ -139,7 +139,7 @@ def test_more_lists_and_tensors_than_one_launch_takes(in_place):
     layers, table = 150, torch.randperm(12)
     xs = pages_of(layers, (12, 2, 1, 8)) + pages_of(layers, (12, 2, 1, 4))
     keep = [ascending(5, 3, 2, 1) for _ in range(layers)]
-    keep[140][1, 0, 2] = 7  # behind the end of the second sequence
+    keep[3][0, 0, 2] = keep[140][1, 0, 2] = 7  # behind the end of a sequence, in the first launch and in the last
     cos, sin = [torch.randn(1, 1, 3, 2) for _ in keep], [torch.randn(1, 1, 3, 2) for _ in keep]
     lens, where = torch.tensor([6, 5]).int(), None if in_place else table[6:].view(2, 3).int()
     rotated = [True] * layers + [False] * layers
@@ -148,7 +148,7 @@ def test_more_lists_and_tensors_than_one_launch_takes(in_place):
     with ck.use_backend("cpu"):
         expected = ops._repack_pages(*wanted.args())
     found = ops._repack_pages(*call.args())
-    assert found[-1].tolist() == [0, 8]
+    assert found[-1].tolist() == [8, 8]
     assert_same(call, found, wanted, expected)
 
 
