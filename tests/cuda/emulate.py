@@ -57,4 +57,4 @@ def build(source: Path, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(build(ROOT, Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "emulated").resolve()))
+    sys.exit(build(ROOT, Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "emulated").resolve()) or 0)
