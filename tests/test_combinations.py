@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import check_every_instruction_set, golden
+from common import check_every_instruction_set, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,7 +9,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from conftest import check_every_instruction_set
+from common import check_every_instruction_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

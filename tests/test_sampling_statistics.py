@@ -13,7 +13,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from common import golden
 from sampling_theory import (
     inclusion,
     inclusion_p_value,
