@@ -316,8 +316,8 @@ def test_score_tokens_compiles_without_a_graph_break():
                 torch.testing.assert_close(mine, theirs)
 
 
-def test_both_backends_offer_the_family():
-    for package in _backend.PACKAGES.values():
+def test_all_backends_but_cuda_offer_the_family():
+    for package in (package for name, package in _backend.PACKAGES.items() if name != "cuda"):
         module = __import__(f"{package}.score", fromlist=["frame_pool"])
         assert callable(module.frame_pool)
         assert callable(module.head_scores)
