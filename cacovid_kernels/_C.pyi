@@ -37,6 +37,23 @@ def scatter_rows(
     grads: Sequence[Tensor], index: Tensor, shapes: Sequence[int], fresh: bool, threads: int, outs: Sequence[Tensor], /
 ) -> None: ...
 def expect_writes(tensor: Tensor, /) -> None: ...
+def pack_masks(masks: Tensor, threads: int, words: Tensor, /) -> None: ...
+def pack_indices(indices: Tensor, tokens: int, threads: int, words: Tensor, /) -> None: ...
+def policy_sums(
+    words: Tensor, rewards: Tensor, tokens: int, balanced: bool, threads: int, sums: Tensor, /
+) -> None: ...
+def policy_loss(
+    logits: Tensor,
+    old_logits: Tensor,
+    sums: Tensor,
+    low: float,
+    high: float,
+    kl_weight: float,
+    threads: int,
+    loss: Tensor,
+    gradient: Tensor,
+    /,
+) -> None: ...
 def repack_rows(
     xs: Sequence[Tensor],
     keep: Sequence[Tensor],

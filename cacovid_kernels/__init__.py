@@ -8,6 +8,7 @@ from cacovid_kernels.kv import PackedKV, PagedKV, RaggedKeep, Rope
 from cacovid_kernels.ops.combinations import sample_combinations
 from cacovid_kernels.ops.gather import gather_tokens
 from cacovid_kernels.ops.paged import repack_paged_kv
+from cacovid_kernels.ops.policy_loss import CombinationSums, combination_policy_loss, combination_sums, pack_masks
 from cacovid_kernels.ops.repack import repack_kv
 from cacovid_kernels.ops.sample import GumbelSample, gumbel_topk, pl_log_prob
 from cacovid_kernels.ops.score import PolicyHead, score_tokens
@@ -18,6 +19,7 @@ from cacovid_kernels.selection import Selection, Status
 __version__ = "0.1.0"
 
 __all__ = [
+    "CombinationSums",
     "Combinations",
     "CompressionPolicy",
     "GumbelSample",
@@ -31,8 +33,11 @@ __all__ = [
     "Status",
     "allocate_budget",
     "backends",
+    "combination_policy_loss",
+    "combination_sums",
     "gather_tokens",
     "gumbel_topk",
+    "pack_masks",
     "pl_log_prob",
     "repack_kv",
     "repack_paged_kv",

@@ -4,6 +4,7 @@ namespace cacovid::python {
 void bind_combinations(py::module_&);
 void bind_gather(py::module_&);
 void bind_paged(py::module_&);
+void bind_policy_loss(py::module_&);
 void bind_repack(py::module_&);
 void bind_sample(py::module_&);
 void bind_score(py::module_&);
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   cacovid::python::bind_combinations(m);
   cacovid::python::bind_gather(m);
   cacovid::python::bind_paged(m);
+  cacovid::python::bind_policy_loss(m);
   cacovid::python::bind_repack(m);
   cacovid::python::bind_sample(m);
   cacovid::python::bind_score(m);

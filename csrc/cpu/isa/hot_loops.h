@@ -26,6 +26,7 @@ struct KeyRow {
 
 struct CombinationLoops;  // combination_loops.h
 struct NoiseLoops;        // noise_loops.h
+struct PolicyLoops;       // policy_loops.h
 struct RowLoops;          // row_loops.h
 
 struct HotLoops {
@@ -52,6 +53,7 @@ struct HotLoops {
 
   const CombinationLoops* combinations;
   const NoiseLoops* noise;
+  const PolicyLoops* policy;
   const RowLoops* rows;
 };
 

@@ -7,6 +7,7 @@
 #include "isa/combination_draws.inl"
 #include "isa/hot_loops.h"
 #include "isa/noise_loops.inl"
+#include "isa/policy_loops.inl"
 #include "isa/pool_frame.inl"
 #include "isa/row_loops.inl"
 #include "isa/top_masks.inl"
@@ -14,8 +15,8 @@
 namespace cacovid::cpu {
 
 extern const HotLoops CACOVID_LOOPS;
-const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME,      load_keys,         top_masks,
-                                set_ranked_zeros,        list_bits,         pool_frame,
-                                &combination_loop_table, &noise_loop_table, &row_loop_table};
+const HotLoops CACOVID_LOOPS = {
+    CACOVID_LOOPS_NAME,      load_keys,         top_masks,          set_ranked_zeros, list_bits, pool_frame,
+    &combination_loop_table, &noise_loop_table, &policy_loop_table, &row_loop_table};
 
 }  // namespace cacovid::cpu

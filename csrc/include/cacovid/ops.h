@@ -4,6 +4,7 @@
 
 #include "cacovid/budget.h"
 #include "cacovid/combinations.h"
+#include "cacovid/policy_loss.h"
 #include "cacovid/status.h"
 #include "cacovid/tensor.h"
 
@@ -160,6 +161,23 @@ struct PagedOutputs {
 // values, but never memory, are wrong. All lists have the same per_head.
 void repack_pages(const PagedTensor* tensors, int64_t tensor_count, const KeptRows* kept, int64_t lists,
                   const PagedSequences& sequences, int threads, const PagedOutputs& out);
+
+// ---- policy_loss --------------------------------------------------------------------------------
+// Masks of combinations as words: bit i % 32 of word i / 32 is token i. A row has ceil(tokens / 32) words; bits beyond
+// its tokens are zero, and ignored where words are read.
+
+// masks [R, N] bool or any integer type -> words [R, ceil(N / 32)] of what is not zero.
+void pack_masks(Tensor masks, int threads, int32_t* words);
+// indices [R, K] i64 -> words [R, ceil(tokens / 32)]; an index outside [0, tokens) marks nothing.
+void pack_indices(Tensor indices, int64_t tokens, int threads, int32_t* words);
+
+// words [B, G, ceil(tokens / 32)], rewards [B, G] any float type -> sums [B, 6, tokens] (policy_loss.h).
+void policy_sums(const int32_t* words, Tensor rewards, int64_t tokens, bool balanced, int threads, double* sums);
+
+// logits, old_logits [B, N, 2] (drop, keep) or [B, N], their difference; any float type; sums [B, 6, N] -> loss [1],
+// the mean over B, and its gradient, of the shape of logits; both f64 if the logits are, else f32.
+void policy_loss(Tensor logits, Tensor old_logits, const double* sums, PolicyRule rule, int threads, void* loss,
+                 void* gradient);
 
 // ---- engine -------------------------------------------------------------------------------------
 // Asks for huge pages behind memory that nobody has touched yet: a first touch then costs one fault per
