@@ -140,9 +140,10 @@ inline __attribute__((always_inline)) void store_gradient(const double* gradient
   }
 }
 
+// __restrict: without it so many pointers keep the loop from vectorising.
 template <bool WithDivergence>
 void loop_terms(const double* odds, const double* old_odds, const PolicyTokens& t, int64_t first, int64_t n,
-                double* loss, double* gradient) {
+                double* __restrict loss, double* __restrict gradient) {
   const double* s[policy_sums_rows];
   for (int row = 0; row < policy_sums_rows; ++row) s[row] = t.sums + row * t.tokens + first;
   const PolicyRule rule = t.rule;

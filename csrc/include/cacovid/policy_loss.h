@@ -78,14 +78,11 @@ struct PolicyTerm {
   double loss, gradient;  // of one token; by its log-odds
 };
 
-// A finite number for infinity: times a sum of no combinations it is zero. NaN stays.
-CACOVID_HD double policy_finite(double x) { return x > 1e300 ? 1e300 : x; }
-
-// factor * e^x of any x, above all NaN.
+// factor * e^x of any x, NaN too. Above 700 it stays at factor * e^700: an infinite ratio would make NaN of a sum of no
+// combinations. (exp_exact is as exact up to there.)
 CACOVID_HD double scaled_exp(double x, double factor) {
-  const double small = exp_exact(x < 0.0 ? x : -x);
-  const double scaled = x < 0.0 ? factor * small : factor / small;
-  return x == x ? policy_finite(scaled) : x;
+  const double scaled = factor * exp_exact(x > 700.0 ? 700.0 : x);
+  return x == x ? scaled : x;
 }
 
 // What the tokens of one action add: sums of better and worse combinations at the ratio of new to old probability.
@@ -97,8 +94,8 @@ CACOVID_HD PolicyTerm clipped_term(double ratio, double better, double worse, co
 }
 
 // KL to a fair coin by the estimator e^d - d - 1, d = ln 0.5 - ln p.
-CACOVID_HD PolicyTerm divergence_term(double p, double log_p, double weight) {
-  const double half_by_p = policy_finite(0.5 / p);
+CACOVID_HD PolicyTerm divergence_term(double half_by_p, double log_p, double weight) {
+  half_by_p = half_by_p > 1e300 ? 1e300 : half_by_p;
   log_p = log_p < -1e200 ? -1e200 : log_p;  // far less than half_by_p then is
   return {weight * (half_by_p + 0.6931471805599453 + log_p - 1.0), weight * (1.0 - half_by_p)};
 }
@@ -112,19 +109,19 @@ CACOVID_HD PolicyTerm policy_term(double odds, double old_odds, const double (&s
   const double old_kept = old_odds > 0.0 ? 0.0 : old_odds, old_dropped = old_odds < 0.0 ? 0.0 : -old_odds;
   const double tail = exp_exact(odds < 0.0 ? odds : -odds);
   const double old_tail = exp_exact(old_odds < 0.0 ? old_odds : -old_odds);
-  const double shared = (1.0 + old_tail) / (1.0 + tail);
+  const double larger = 1.0 / (1.0 + tail), smaller = tail * larger;  // probabilities
+  const double shared = (1.0 + old_tail) * larger;
   PolicyTerm kept = clipped_term(scaled_exp(ln_kept - old_kept, shared), sums[kept_better], sums[kept_worse], rule);
   PolicyTerm dropped =
       clipped_term(scaled_exp(ln_dropped - old_dropped, shared), sums[dropped_better], sums[dropped_worse], rule);
-  const double larger = 1.0 / (1.0 + tail), smaller = tail / (1.0 + tail);
-  const double p_kept = odds > 0.0 ? larger : smaller, p_dropped = odds > 0.0 ? smaller : larger;
   if constexpr (WithDivergence) {
-    const double log_total = log_1p_exact(tail);
-    const PolicyTerm k = divergence_term(p_kept, ln_kept - log_total, sums[kept_weight]);
-    const PolicyTerm d = divergence_term(p_dropped, ln_dropped - log_total, sums[dropped_weight]);
+    const double log_total = log_1p_exact(tail), half = 0.5 * (1.0 + tail), by_smaller = half / tail;
+    const PolicyTerm k = divergence_term(odds > 0.0 ? half : by_smaller, ln_kept - log_total, sums[kept_weight]);
+    const PolicyTerm d = divergence_term(odds > 0.0 ? by_smaller : half, ln_dropped - log_total, sums[dropped_weight]);
     kept = {kept.loss + rule.kl_weight * k.loss, kept.gradient + rule.kl_weight * k.gradient};
     dropped = {dropped.loss + rule.kl_weight * d.loss, dropped.gradient + rule.kl_weight * d.gradient};
   }
+  const double p_kept = odds > 0.0 ? larger : smaller, p_dropped = odds > 0.0 ? smaller : larger;
   return {kept.loss + dropped.loss, kept.gradient * p_dropped - dropped.gradient * p_kept};
 }
 
