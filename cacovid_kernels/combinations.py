@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels._numbers import numbers_on
+from cacovid_kernels.ops.policy_loss import pack_masks
 from cacovid_kernels.selection import Selection, status_of_videos
 
 
@@ -56,11 +57,27 @@ class Combinations:
 
     def mask(self) -> Tensor:
         """`[G, N]` bool over the packed token axis: true where a combination holds the token."""
-        return _mask(self.indices, sum(t * h * w for t, h, w in self.grid_thw))
+        return _mask(self.indices, self._tokens)
 
     def frame_mask(self) -> Tensor:
         """`[Gf, F]` bool over the packed frame axis: true where a frame combination holds the frame."""
-        return _mask(self.frame_indices, sum(t for t, _, _ in self.grid_thw))
+        return _mask(self.frame_indices, self._frames)
+
+    def packed_mask(self) -> Tensor:
+        """`[G, ceil(N / 32)]` int32, the bits of `mask()` as the policy loss reads them, without making it."""
+        return pack_masks(indices=self.indices, num_tokens=self._tokens)
+
+    def packed_frame_mask(self) -> Tensor:
+        """`[Gf, ceil(F / 32)]` int32, the bits of `frame_mask()`."""
+        return pack_masks(indices=self.frame_indices, num_tokens=self._frames)
+
+    @property
+    def _tokens(self) -> int:
+        return sum(t * h * w for t, h, w in self.grid_thw)
+
+    @property
+    def _frames(self) -> int:
+        return sum(t for t, _, _ in self.grid_thw)
 
     def selection(self, row: int) -> Selection:
         """One combination as a `Selection`, to gather or repack with."""

@@ -105,8 +105,10 @@ def pack_masks(masks: Tensor | None = None, *, indices: Tensor | None = None, nu
 
     Example:
         >>> import torch, cacovid_kernels as ck
-        >>> ck.pack_masks(torch.tensor([[True, False, True]])), ck.pack_masks(indices=torch.tensor([0, 2]), num_tokens=3)
-        (tensor([[5]], dtype=torch.int32), tensor([5], dtype=torch.int32))
+        >>> ck.pack_masks(torch.tensor([[True, False, True]]))
+        tensor([[5]], dtype=torch.int32)
+        >>> ck.pack_masks(indices=torch.tensor([[2, 0, -1]]), num_tokens=3)
+        tensor([[5]], dtype=torch.int32)
     """
     op = "pack_masks"
     if (masks is None) == (indices is None) or (indices is None) != (num_tokens is None):
@@ -319,7 +321,9 @@ def _ordered_loss(
     _check_tensor(_OP, "masks", indices, (torch.int64,), 'int64 indices with likelihood="plackett_luce"')
     _check_tensor(_OP, "rewards", rewards, (*_FLOATS, *_INTEGERS), "real numbers")
     if kl != 0.0:
-        raise ValueError(f'{_OP}: kl_weight={kl} must be 0 with likelihood="plackett_luce". Ordered draws have no prior.')
+        raise ValueError(
+            f'{_OP}: kl_weight={kl} must be 0 with likelihood="plackett_luce". Ordered draws have no prior.'
+        )
     if logits.dim() not in (1, 2) or indices.dim() != logits.dim() + 1 or old_logits.shape != logits.shape:
         raise ValueError(
             f"{_OP}: ordered draws [G, K] need logits [N], draws [G, R, K] logits [R, N] "

@@ -96,7 +96,8 @@ def policy_loss(
         better, worse, weight = sums[:, 2 * action], sums[:, 2 * action + 1], sums[:, 4 + action]
         loss -= better * ratio.clamp(max=1 + eps_high) + worse * ratio.clamp(min=1 - eps_low)
         by_log_p = -(
-            better * torch.where(ratio > 1 + eps_high, 0.0, ratio) + worse * torch.where(ratio < 1 - eps_low, 0.0, ratio)
+            better * torch.where(ratio > 1 + eps_high, 0.0, ratio)
+            + worse * torch.where(ratio < 1 - eps_low, 0.0, ratio)
         )
         if kl_weight != 0.0:
             half_by_p = (0.5 / p).clamp(max=1e300)
