@@ -92,7 +92,53 @@ void policy_loss(py::handle logits, py::handle old_logits, py::handle sums, doub
   cpu::policy_loss(l.logits, l.old_logits, l.sums, {low, high, kl_weight}, threads, l.loss, l.gradient);
 }
 
+#if defined(CACOVID_CUDA)
+void pack_masks_on_cuda(py::handle masks, py::handle words, int device, uintptr_t stream) {
+  const Masks m(masks, words, device);
+  const py::gil_scoped_release release;
+  check_launch("pack_masks", cuda::pack_masks(m.masks, m.words, to_stream(device, stream)));
+}
+
+void pack_indices_on_cuda(py::handle indices, int64_t tokens, py::handle words, int device, uintptr_t stream) {
+  const IndexLists m(indices, tokens, words, device);
+  const py::gil_scoped_release release;
+  check_launch("pack_masks", cuda::pack_indices(m.indices, tokens, m.words, to_stream(device, stream)));
+}
+
+// weights: [B, G, 2] scratch.
+void policy_sums_on_cuda(py::handle words, py::handle rewards, int64_t tokens, bool balanced, py::handle weights,
+                         py::handle sums, int device, uintptr_t stream) {
+  const Sums s(words, rewards, tokens, sums, device);
+  double* scratch = output<double>(weights, "weights", 2 * s.rewards.numel(), device);
+  const py::gil_scoped_release release;
+  check_launch("policy_sums",
+               cuda::policy_sums(s.words, s.rewards, tokens, balanced, scratch, s.sums, to_stream(device, stream)));
+}
+
+// parts: scratch of policy_loss_parts numbers.
+void policy_loss_on_cuda(py::handle logits, py::handle old_logits, py::handle sums, double low, double high,
+                         double kl_weight, py::handle parts, py::handle loss, py::handle gradient, int device,
+                         uintptr_t stream) {
+  const Loss l(logits, old_logits, sums, loss, gradient, device);
+  const int64_t count = cuda::policy_loss_parts(l.logits.sizes[0], l.logits.sizes[1]);
+  double* scratch = output<double>(parts, "parts", count, device);
+  const py::gil_scoped_release release;
+  check_launch("policy_loss", cuda::policy_loss(l.logits, l.old_logits, l.sums, {low, high, kl_weight}, scratch, l.loss,
+                                                l.gradient, to_stream(device, stream)));
+}
+#endif
+
 }  // namespace
+
+#if defined(CACOVID_CUDA)
+void bind_cuda_policy_loss(py::module_& m) {
+  m.def("pack_masks", &pack_masks_on_cuda);
+  m.def("pack_indices", &pack_indices_on_cuda);
+  m.def("policy_sums", &policy_sums_on_cuda);
+  m.def("policy_loss_parts", &cuda::policy_loss_parts);
+  m.def("policy_loss", &policy_loss_on_cuda);
+}
+#endif
 
 void bind_policy_loss(py::module_& m) {
   m.def("pack_masks", &pack_masks);

@@ -13,6 +13,7 @@ void bind_select(py::module_&);
 void bind_cuda_combinations(py::module_&);
 void bind_cuda_gather(py::module_&);
 void bind_cuda_paged(py::module_&);
+void bind_cuda_policy_loss(py::module_&);
 void bind_cuda_repack(py::module_&);
 void bind_cuda_sample(py::module_&);
 void bind_cuda_select(py::module_&);
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   cacovid::python::bind_cuda_combinations(cuda);
   cacovid::python::bind_cuda_gather(cuda);
   cacovid::python::bind_cuda_paged(cuda);
+  cacovid::python::bind_cuda_policy_loss(cuda);
   cacovid::python::bind_cuda_repack(cuda);
   cacovid::python::bind_cuda_sample(cuda);
   cacovid::python::bind_cuda_select(cuda);

@@ -84,18 +84,18 @@ def _loss_kernel(
         tl.load(sums + 2 * n, mask=live, other=0.0), tl.load(sums + 3 * n, mask=live, other=0.0), low, high,
     )  # fmt: skip
     if DIVERGENCE:
-        kl = double_of(kl_bits)
-        log_total, half = _log_1p_exact(tail), 0.5 * (1.0 + tail)
-        by_smaller = half / tail
-        weight_kept, weight_dropped = (
-            tl.load(sums + 4 * n, mask=live, other=0.0), tl.load(sums + 5 * n, mask=live, other=0.0)
+        log_total, half_by_larger = _log_1p_exact(tail), 0.5 * (1.0 + tail)
+        half_by_smaller = half_by_larger / tail
+        kl_kept, kl_by_kept = _divergence_term(
+            tl.where(odds > 0.0, half_by_larger, half_by_smaller), ln_kept - log_total,
+            double_of(kl_bits) * tl.load(sums + 4 * n, mask=live, other=0.0),
         )  # fmt: skip
-        kl_kept, kl_by_kept = _divergence_term(tl.where(odds > 0.0, half, by_smaller), ln_kept - log_total, weight_kept)
         kl_dropped, kl_by_dropped = _divergence_term(
-            tl.where(odds > 0.0, by_smaller, half), ln_dropped - log_total, weight_dropped
-        )
-        loss, by_kept = loss + kl * kl_kept, by_kept + kl * kl_by_kept
-        loss_dropped, by_dropped = loss_dropped + kl * kl_dropped, by_dropped + kl * kl_by_dropped
+            tl.where(odds > 0.0, half_by_smaller, half_by_larger), ln_dropped - log_total,
+            double_of(kl_bits) * tl.load(sums + 5 * n, mask=live, other=0.0),
+        )  # fmt: skip
+        loss, by_kept = kl_kept + loss, kl_by_kept + by_kept
+        loss_dropped, by_dropped = kl_dropped + loss_dropped, kl_by_dropped + by_dropped
     p_kept, p_dropped = tl.where(odds > 0.0, larger, smaller), tl.where(odds > 0.0, smaller, larger)
     by_odds = ((by_kept * p_dropped - by_dropped * p_kept) * double_of(scale_bits)).to(gradient.dtype.element_ty)
     if PAIRS:

@@ -8,7 +8,7 @@ from gpu.random_cases import RANDOM, random_case
 
 import cacovid_kernels as ck
 
-FAMILIES = ["combinations", "gather", "paged", "repack", "sample", "select", "topk"]
+FAMILIES = ["combinations", "gather", "paged", "policy_loss", "repack", "sample", "select", "topk"]
 CASES, MOST = 200, 16
 
 

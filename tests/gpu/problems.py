@@ -141,6 +141,26 @@ def combinations(small: bool) -> Problem:
     return Problem("combinations", make, run, frozenset({"log_prob", "frame_log_prob"}))
 
 
+def _policy_loss(small: bool) -> Problem:
+    g, n = (4, 40) if small else (115, 6272)
+
+    def make(seed: int) -> Tensors:
+        return {
+            "logits": normal(seed, n, 2),
+            "old": normal(seed + 1, n, 2),
+            "masks": normal(seed + 2, g, n) > 1,
+            "rewards": normal(seed + 3, g),
+        }
+
+    def run(x: Tensors) -> Tensors:
+        logits = x["logits"].detach().requires_grad_()
+        loss = ck.combination_policy_loss(logits, x["old"], x["masks"], x["rewards"], kl_weight=0.1)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        return {"loss": loss.detach(), "gradient": gradient}
+
+    return Problem("policy_loss", make, run, frozenset({"loss"}))
+
+
 def _gather(small: bool) -> Problem:
     n, size, k = (20, 16, 5) if small else (6272, 3584, 627)
 
@@ -264,6 +284,7 @@ def problems(small: bool) -> dict[str, Problem]:
         "gumbel": gumbel(small),
         "log_prob": _log_prob(small),
         "combinations": combinations(small),
+        "policy_loss": _policy_loss(small),
         "gather": _gather(small),
         "gather gradient": _gather_gradient(small),
         "repack": _repack(small),

@@ -162,6 +162,42 @@ def combinations(dice: Dice, most: int) -> Problem:
     return Problem("combinations", lambda seed: inputs, run, frozenset({"log_prob", "frame_log_prob"}))
 
 
+def policy_loss(dice: Dice, most: int) -> Problem:
+    """Masks of any kind, or positions; some rewards and logits odd."""
+    rng = dice.structure
+    b, g, n = rng.randint(1, 3), rng.randint(1, 3 * most), rng.randint(1, 20 * most)
+    inputs: Tensors = {}
+    rewards = laid_out(dice, "rewards", scores(dice, b * g), inputs)
+    shape = (b, n, 2) if rng.random() < 0.5 else (b, n)
+    logits = laid_out(dice, "logits", scores(dice, math.prod(shape)), inputs)
+    old = laid_out(dice, "old", scores(dice, math.prod(shape)), inputs)
+    positions = rng.random() < 0.3
+    if positions:
+        inputs["masks"] = torch.randint(-3, n + 3, (b, g, rng.randint(0, 2 * most)), generator=dice.generator())
+    else:
+        kind = rng.choice([dtype for dtype in ANY if not dtype.is_floating_point])
+        inputs["masks"] = (torch.rand(b, g, n, generator=dice.generator()) < dice.values.random()).to(kind)
+    options = {
+        "kl_weight": rng.choice([0.0, 0.1]),
+        "eps_low": dice.values.choice([0.0, 0.2]),
+        "eps_high": dice.values.choice([0.0, 0.28]),
+    }
+    balanced = rng.random() < 0.5
+
+    def run(x: Tensors) -> Tensors:
+        given = x["masks"]
+        words = ck.pack_masks(indices=given, num_tokens=n) if positions else ck.pack_masks(given)
+        sums = ck.combination_sums(words, rewards(x).unflatten(0, (b, g)), num_tokens=n, balanced=balanced)
+        now = logits(x).unflatten(0, shape).detach().requires_grad_()
+        loss = sums.loss(now, old(x).unflatten(0, shape), **options)
+        (gradient,) = torch.autograd.grad(loss, now)
+        # A NaN has no bits to compare.
+        found = {"sums": sums.values, "gradient": gradient}
+        return {"words": words, "loss": loss.detach(), **{key: y.nan_to_num(7.0) for key, y in found.items()}}
+
+    return Problem("policy_loss", lambda seed: inputs, run, frozenset({"loss"}))
+
+
 def _random_bits(dice: Dice, shape: list[int], dtype: torch.dtype) -> Tensor:
     raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=dice.generator(), dtype=torch.uint8)
     return (raw % 2 if dtype == torch.bool else raw).view(dtype).view(shape)
@@ -307,6 +343,7 @@ RANDOM = {
     "topk": Family(topk, 1500, 150),
     "sample": Family(sample, 1500, 60),
     "combinations": Family(combinations, 1500, 20),
+    "policy_loss": Family(policy_loss, 1000, 60),
     "gather": Family(gather, 1000, 100),
     "gradient": Family(gradient, 500, 50),
     "repack": Family(repack, 1500, 100),

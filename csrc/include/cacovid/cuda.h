@@ -72,6 +72,21 @@ int select_tokens(Tensor token_scores, Tensor frame_scores, cpu::Videos videos, 
 int segmented_topk(Tensor scores, const int64_t* offsets, const int64_t* k, int64_t segments, bool words,
                    int64_t* indices, int32_t* status, Stream stream);
 
+// ---- policy_loss --------------------------------------------------------------------------------
+// As cpu::pack_masks, in one launch.
+int pack_masks(Tensor masks, int32_t* words, Stream stream);
+// As cpu::pack_indices, in one launch, into words that are zero.
+int pack_indices(Tensor indices, int64_t tokens, int32_t* words, Stream stream);
+
+// As cpu::policy_sums, the same bits. weights: scratch of [B, G, 2], unused (and one launch less) if not balanced.
+int policy_sums(const int32_t* words, Tensor rewards, int64_t tokens, bool balanced, double* weights, double* sums,
+                Stream stream);
+
+// As cpu::policy_loss, in two launches; the gradient has the same bits. parts: scratch of policy_loss_parts numbers.
+int64_t policy_loss_parts(int64_t videos, int64_t tokens);
+int policy_loss(Tensor logits, Tensor old_logits, const double* sums, PolicyRule rule, double* parts, void* loss,
+                void* gradient, Stream stream);
+
 // ---- gather -------------------------------------------------------------------------------------
 // As cpu::gather_rows: one launch for every 8 tensors.
 int gather_rows(const Tensor* xs, const int32_t* dims, int64_t count, const int64_t* index, int64_t kept,
