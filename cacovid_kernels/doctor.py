@@ -193,6 +193,16 @@ def _repack_pages(generator: torch.Generator, device: str) -> tuple[Tensor, ...]
     return (*kept.keys, *kept.values, kept.block_table, kept.freed_blocks, kept.num_freed, kept.status)
 
 
+def _policy_loss(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
+    logits, old = (torch.randn(70, generator=generator).to(device) for _ in range(2))
+    masks = (torch.rand(9, 70, generator=generator) < 0.2).to(device)
+    rewards = torch.randn(9, generator=generator).to(device)
+    logits.requires_grad_()
+    sums = ck.combination_sums(masks, rewards)
+    loss = sums.loss(logits, old, kl_weight=0.1)
+    return ck.pack_masks(masks), sums.values, loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
 @torch.no_grad()
 def _score(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
     head = ck.PolicyHead(32)
@@ -210,6 +220,7 @@ PROBES: dict[str, Probe] = {
     "segmented_topk": _topk,
     "gumbel_topk": _sample,
     "sample_combinations": _combine,
+    "combination_policy_loss": _policy_loss,
     "gather_tokens": _gather,
     "repack_kv": _repack,
     "repack_paged_kv": _repack_pages,

@@ -64,8 +64,18 @@ def paged(token, frame, rows, i):
     return found.keys[0], found.block_table, found.freed_blocks
 
 
+def policy_loss(token, frame, rows, i):
+    n = token.numel()
+    drawn = ck.sample_combinations(token, num_samples=3, keep_ratio=0.1, seed=1, step=i)
+    sums = ck.combination_sums(drawn.packed_mask(), torch.arange(3.0), num_tokens=n)
+    masks = rows.t() > 0
+    loss = ck.combination_policy_loss(token.flatten(), rows[:, 0], masks, torch.arange(8.0), kl_weight=0.1)
+    return sums.loss(token.flatten(), rows[:, 0]), loss
+
+
 CALLS = [
     select, select_strictly, select_a_number, budget, best_of_segments, gumbel, combinations, gather, repack, paged,
+    policy_loss,
 ]  # fmt: skip
 
 
