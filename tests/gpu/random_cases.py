@@ -337,7 +337,7 @@ class Family(NamedTuple):
     structures: int
 
 
-# 11,000 cases in all.
+# 12,000 cases in all.
 RANDOM = {
     "select": Family(select, 2500, 250),
     "topk": Family(topk, 1500, 150),

@@ -1,4 +1,4 @@
-"""The GPU gives the bits of the CPU engine: published vectors, usual sizes, 11,000 random cases."""
+"""The GPU gives the bits of the CPU engine: published vectors, usual sizes, 12,000 random cases."""
 
 from __future__ import annotations
 
