@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels._numbers import numbers_on
-from cacovid_kernels.ops.policy_loss import pack_masks
+from cacovid_kernels.ops._packed_masks import pack_masks
 from cacovid_kernels.selection import Selection, status_of_videos
 
 

@@ -10,6 +10,7 @@ from conftest import check_every_instruction_set, golden
 from torch import Tensor
 
 import cacovid_kernels as ck
+from cacovid_kernels.ops import _packed_masks as packed
 from cacovid_kernels.ops import policy_loss as ops
 from cacovid_kernels.reference.policy_loss import unpack_masks
 
@@ -385,8 +386,8 @@ def test_ordered_draws(backend, rows):
 def test_opcheck():
     masks, rewards = random_masks(2, 5, 40), randn(2, 5)
     words = ck.pack_masks(masks)
-    torch.library.opcheck(ops._pack_masks.dispatch, (masks[0],))
-    torch.library.opcheck(ops._pack_indices.dispatch, (torch.tensor([[1, 5, -1]]), 40))
+    torch.library.opcheck(packed._pack_masks.dispatch, (masks[0],))
+    torch.library.opcheck(packed._pack_indices.dispatch, (torch.tensor([[1, 5, -1]]), 40))
     torch.library.opcheck(ops._policy_sums.dispatch, (words, rewards, 40, True))
     sums = ck.combination_sums(masks, rewards).values
     for shape in ((2, 40), (2, 40, 2)):

@@ -1,4 +1,4 @@
-"""The loss of a policy over sampled combinations, masks of combinations as bits, and the sums that a batch shares."""
+"""The loss of a policy over sampled combinations, and the sums that the steps on one batch share."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from torch import Tensor
 from cacovid_kernels._library import NAMESPACE, Op, library, refuse_tangents
 from cacovid_kernels.ops._checks import SCORE_TYPES, check_choice, check_same_device, describe
 from cacovid_kernels.ops._draws import as_int
+from cacovid_kernels.ops._packed_masks import INTEGERS, check_tensor, pack_masks, words_of
 from cacovid_kernels.ops.sample import pl_log_prob
 
 _OP = "combination_policy_loss"
-_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (*SCORE_TYPES, torch.float64)
-
-
-def _words_of(tokens: Any) -> Any:
-    return (tokens + 31) // 32
 
 
 def _fake_sums(words, rewards, num_tokens, balanced):
@@ -32,16 +28,6 @@ def _fake_loss(logits, old_logits, sums, eps_low, eps_high, kl_weight):
     return logits.new_empty((), dtype=dtype), logits.new_empty(logits.shape, dtype=dtype)
 
 
-_pack_masks = Op(
-    "policy_loss",
-    "pack_masks(Tensor masks) -> Tensor",
-    lambda masks: masks.new_empty(masks.shape[0], _words_of(masks.shape[1]), dtype=torch.int32),
-)
-_pack_indices = Op(
-    "policy_loss",
-    "pack_indices(Tensor indices, SymInt num_tokens) -> Tensor",
-    lambda indices, num_tokens: indices.new_empty(indices.shape[0], _words_of(num_tokens), dtype=torch.int32),
-)
 # words [B, G, W] int32, rewards [B, G] -> [B, 6, N] float64 (CombinationSums).
 _policy_sums = Op(
     "policy_loss",
@@ -79,56 +65,6 @@ def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
 
 torch.library.register_autograd(f"{NAMESPACE}::policy_loss", _backward, setup_context=_save, lib=library)
 torch.library.register_autograd(f"{NAMESPACE}::policy_loss_backward", _no_second_derivative, lib=library)
-
-
-def _check_tensor(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...], rule: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}. Wrap it in torch.tensor.")
-    if x.dtype not in dtypes or x.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be {rule} ({name}: {describe(x)}). Convert it.")
-
-
-def pack_masks(masks: Tensor | None = None, *, indices: Tensor | None = None, num_tokens: int | None = None) -> Tensor:
-    """Masks of combinations at one bit per token, as the policy loss reads and a replay memory keeps them.
-
-    Args:
-        masks: `[..., N]` bool or integers; what is not 0 is kept.
-        indices: instead of masks, `[..., K]` int64 positions of the kept tokens, such as `Combinations.indices`; what
-            lies outside [0, num_tokens), such as the padding -1, marks nothing.
-        num_tokens: N, with `indices`.
-
-    Returns:
-        `[..., ceil(N / 32)]` int32 words. Bit i % 32 of word i // 32 is token i; bits beyond N are 0.
-
-    Raises:
-        ValueError, TypeError: an argument breaks its rule; one line says which.
-
-    Example:
-        >>> import torch, cacovid_kernels as ck
-        >>> ck.pack_masks(torch.tensor([[True, False, True]]))
-        tensor([[5]], dtype=torch.int32)
-        >>> ck.pack_masks(indices=torch.tensor([[2, 0, -1]]), num_tokens=3)
-        tensor([[5]], dtype=torch.int32)
-    """
-    op = "pack_masks"
-    if (masks is None) == (indices is None) or (indices is None) != (num_tokens is None):
-        raise ValueError(f"{op}: pass either masks, or indices and num_tokens.")
-    if masks is not None:
-        _check_tensor(op, "masks", masks, _INTEGERS, "bool or integers")
-        if masks.dim() < 1:
-            raise ValueError(f"{op}: masks must be [..., N] (masks: {describe(masks)}). Add a dimension.")
-        rows = masks if masks.dim() == 2 else masks.reshape(masks.shape[:-1].numel(), masks.shape[-1])
-        words = _pack_masks(rows)
-        return words if masks.dim() == 2 else words.view(*masks.shape[:-1], words.shape[1])
-    _check_tensor(op, "indices", indices, (torch.int64,), "int64")
-    assert indices is not None  # for mypy
-    num_tokens = as_int(op, "num_tokens", num_tokens)
-    if num_tokens < 1 or indices.dim() < 1:
-        raise ValueError(
-            f"{op}: num_tokens={num_tokens} must be positive and indices [..., K] (indices: {describe(indices)})."
-        )
-    words = _pack_indices(indices.reshape(indices.shape[:-1].numel(), indices.shape[-1]), num_tokens)
-    return words.view(*indices.shape[:-1], words.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +126,8 @@ def _check_rule(eps_low: float, eps_high: float, kl_weight: float) -> tuple[floa
 
 
 def _check_logits(token_logits: Tensor, old_logits: Tensor) -> None:
-    _check_tensor(_OP, "token_logits", token_logits, _FLOATS, "float32, bfloat16, float16 or float64")
-    _check_tensor(_OP, "old_logits", old_logits, _FLOATS, "float32, bfloat16, float16 or float64")
+    check_tensor(_OP, "token_logits", token_logits, _FLOATS, "float32, bfloat16, float16 or float64")
+    check_tensor(_OP, "old_logits", old_logits, _FLOATS, "float32, bfloat16, float16 or float64")
     refuse_tangents(_OP, [token_logits])
 
 
@@ -220,17 +156,17 @@ def combination_sums(
         >>> ck.combination_sums(ck.pack_masks(masks), rewards, num_tokens=100).values.shape
         torch.Size([6, 100])
     """
-    _check_tensor(_OP, "masks", masks, _INTEGERS, "bool or integers")
-    _check_tensor(_OP, "rewards", rewards, (*_FLOATS, *_INTEGERS), "real numbers")
+    check_tensor(_OP, "masks", masks, INTEGERS, "bool or integers")
+    check_tensor(_OP, "rewards", rewards, (*_FLOATS, *INTEGERS), "real numbers")
     if masks.dim() not in (2, 3) or rewards.shape != masks.shape[:-1]:
         raise ValueError(
             f"{_OP}: masks must be [G, N] or [B, G, N] with one reward each "
             f"(masks: {describe(masks)}; rewards: {describe(rewards)})."
         )
     n = masks.shape[-1] if num_tokens is None else as_int(_OP, "num_tokens", num_tokens)
-    if num_tokens is not None and (masks.dtype != torch.int32 or masks.shape[-1] != _words_of(n)):
+    if num_tokens is not None and (masks.dtype != torch.int32 or masks.shape[-1] != words_of(n)):
         raise ValueError(
-            f"{_OP}: packed masks of num_tokens={n} must be [..., {_words_of(n)}] int32 (masks: {describe(masks)}). "
+            f"{_OP}: packed masks of num_tokens={n} must be [..., {words_of(n)}] int32 (masks: {describe(masks)}). "
             f"Leave num_tokens out for masks that are not packed."
         )
     if n < 1 or rewards.numel() < 1:
@@ -305,10 +241,10 @@ def combination_policy_loss(
         return _ordered_loss(token_logits, old_logits, masks, rewards, eps_low, eps_high, kl_weight)
     _check_rule(eps_low, eps_high, kl_weight)
     _check_logits(token_logits, old_logits)
-    _check_tensor(_OP, "masks", masks, _INTEGERS, "bool or integers")
+    check_tensor(_OP, "masks", masks, INTEGERS, "bool or integers")
     axis = masks.dim() - 2  # of the tokens in logits
     n = token_logits.shape[axis] if 0 <= axis < token_logits.dim() else 0
-    packed = masks.dtype == torch.int32 and masks.shape[-1:] == (_words_of(n),)
+    packed = masks.dtype == torch.int32 and masks.shape[-1:] == (words_of(n),)
     sums = combination_sums(masks, rewards, num_tokens=n if packed else None, balanced=balanced)
     return sums.loss(token_logits, old_logits, eps_low=eps_low, eps_high=eps_high, kl_weight=kl_weight)
 
@@ -318,8 +254,8 @@ def _ordered_loss(
 ) -> Tensor:
     low, high, kl = _check_rule(eps_low, eps_high, kl)
     _check_logits(logits, old_logits)
-    _check_tensor(_OP, "masks", indices, (torch.int64,), 'int64 indices with likelihood="plackett_luce"')
-    _check_tensor(_OP, "rewards", rewards, (*_FLOATS, *_INTEGERS), "real numbers")
+    check_tensor(_OP, "masks", indices, (torch.int64,), 'int64 indices with likelihood="plackett_luce"')
+    check_tensor(_OP, "rewards", rewards, (*_FLOATS, *INTEGERS), "real numbers")
     if kl != 0.0:
         raise ValueError(
             f'{_OP}: kl_weight={kl} must be 0 with likelihood="plackett_luce". Ordered draws have no prior.'

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cacovid_kernels as ck
+from cacovid_kernels.ops import _packed_masks as packed
 from cacovid_kernels.ops import policy_loss as ops
 from cacovid_kernels.triton import policy_loss, policy_sums
 
@@ -46,7 +47,7 @@ def check_loss(logits, old, sums, low=0.2, high=0.28, kl=0.0):
 
 
 def batch(b, g, n, share=0.2, dtype=torch.float32):
-    words = ops.pack_masks(torch.rand(b, g, n) < share)
+    words = packed.pack_masks(torch.rand(b, g, n) < share)
     return words, torch.randn(b, g, dtype=torch.float64).to(dtype)
 
 
@@ -78,7 +79,7 @@ class NoHostReads(TorchDispatchMode):
 def test_masks_are_packed(dtype, n):
     masks = torch.randint(-3, 3, (3, n)).clamp(0).to(dtype)
     for given in (masks, masks.repeat_interleave(2, 1)[:, ::2], masks.t().contiguous().t()):
-        check(ops._pack_masks, given)
+        check(packed._pack_masks, given)
 
 
 @pytest.mark.parametrize("n", [1, 32, 33, 700])
@@ -86,7 +87,7 @@ def test_positions_are_packed(n):
     indices = torch.randint(-1, n, (3, 300))
     indices[0, :9] = torch.tensor([-1, -2, n, n + 31, 2**62, -(2**62), 2**31, 0, n - 1])
     for given in (indices, indices.t().contiguous().t(), indices[:, ::3], indices[:, :0]):
-        check(ops._pack_indices, given, n)
+        check(packed._pack_indices, given, n)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
