@@ -214,7 +214,8 @@ TEST(loss_and_gradient_are_those_of_the_formula) {
       const double accuracy = wide ? 1e-12 : 2e-7;
       CHECK(std::fabs(value_of(loss.data(), dtype_out) - expected) <= accuracy * static_cast<double>(n) + 1e-7);
       for (int64_t i = 0; i < count; ++i) {
-        CHECK(std::fabs(value_of(gradient.data() + i * item, dtype_out) - gradients[i]) <= accuracy);
+        CHECK(std::fabs(value_of(gradient.data() + i * item, dtype_out) - gradients[i]) <=
+              accuracy * (1.0 + std::fabs(gradients[i])));
       }
       std::vector<char> bytes(loss.data(), loss.data() + item);
       bytes.insert(bytes.end(), gradient.data(), gradient.data() + count * item);
