@@ -100,7 +100,7 @@ class CombinationSums:
             >>> logits = torch.zeros(2, requires_grad=True)
             >>> sums.loss(logits, torch.zeros(2)).backward()
             >>> logits.grad
-            tensor([-0.3535,  0.3535])
+            tensor([-0.1768,  0.1768])
         """
         low, high, weight = _check_rule(eps_low, eps_high, kl_weight)
         _check_logits(token_logits, old_logits)
@@ -232,7 +232,7 @@ def combination_policy_loss(
         >>> loss = ck.combination_policy_loss(logits, logits, masks, torch.tensor([1.0, 0.0]))
         >>> loss.backward()  # what the better combination kept becomes likelier
         >>> logits.grad
-        tensor([-0.1768, -0.1768,  0.1768,  0.1768])
+        tensor([-0.0884, -0.0884,  0.0884,  0.0884])
 
     Source: CaCoVID (arXiv 2602.01649), the published trainer's `compute_loss`.
     """
