@@ -49,7 +49,9 @@ TEST(positions_are_packed) {
 
 TEST(sums_have_the_engines_bits) {
   repeat(60, [](Random& random) {
-    const int64_t videos = random.size(1, 3), g = random.size(1, 70), n = random.size(1, 200);
+    const bool long_ones = random.chance(40);  // several rounds of several warps
+    const int64_t videos = random.size(1, 3), g = long_ones ? random.range(33, 70) : random.size(1, 70);
+    const int64_t n = long_ones ? random.range(33, 100) : random.size(1, 200);
     const bool balanced = random.chance(60);
     const RandomTensor rewards(random, random.pick({DType::f32, DType::bf16, DType::f16, DType::f64}), {videos, g},
                                random.pick({Values::plain, Values::ties}));

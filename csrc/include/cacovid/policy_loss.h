@@ -109,20 +109,22 @@ CACOVID_HD PolicyTerm policy_term(double odds, double old_odds, const double (&s
   const double old_kept = old_odds > 0.0 ? 0.0 : old_odds, old_dropped = old_odds < 0.0 ? 0.0 : -old_odds;
   const double tail = exp_exact(odds < 0.0 ? odds : -odds);
   const double total = 1.0 + tail, larger = 1.0 / total, smaller = tail * larger;  // probabilities
-  PolicyTerm kept = {}, dropped = {};
+  PolicyTerm more_kept = {}, more_dropped = {};
   if constexpr (WithDivergence) {
     const double half_by_larger = 0.5 * total, half_by_smaller = half_by_larger / tail, log_total = log_1p_exact(tail);
-    kept = divergence_term(odds > 0.0 ? half_by_larger : half_by_smaller, ln_kept - log_total,
-                           rule.kl_weight * sums[kept_weight]);
-    dropped = divergence_term(odds > 0.0 ? half_by_smaller : half_by_larger, ln_dropped - log_total,
-                              rule.kl_weight * sums[dropped_weight]);
+    more_kept = divergence_term(odds > 0.0 ? half_by_larger : half_by_smaller, ln_kept - log_total,
+                                rule.kl_weight * sums[kept_weight]);
+    more_dropped = divergence_term(odds > 0.0 ? half_by_smaller : half_by_larger, ln_dropped - log_total,
+                                   rule.kl_weight * sums[dropped_weight]);
   }
   const double old_tail = exp_exact(old_odds < 0.0 ? old_odds : -old_odds), shared = (1.0 + old_tail) * larger;
-  const PolicyTerm k = clipped_term(scaled_exp(ln_kept - old_kept, shared), sums[kept_better], sums[kept_worse], rule);
-  const PolicyTerm d =
+  PolicyTerm kept = clipped_term(scaled_exp(ln_kept - old_kept, shared), sums[kept_better], sums[kept_worse], rule);
+  PolicyTerm dropped =
       clipped_term(scaled_exp(ln_dropped - old_dropped, shared), sums[dropped_better], sums[dropped_worse], rule);
-  kept = {kept.loss + k.loss, kept.gradient + k.gradient};
-  dropped = {dropped.loss + d.loss, dropped.gradient + d.gradient};
+  if constexpr (WithDivergence) {
+    kept = {kept.loss + more_kept.loss, kept.gradient + more_kept.gradient};
+    dropped = {dropped.loss + more_dropped.loss, dropped.gradient + more_dropped.gradient};
+  }
   const double p_kept = odds > 0.0 ? larger : smaller, p_dropped = odds > 0.0 ? smaller : larger;
   return {kept.loss + dropped.loss, kept.gradient * p_dropped - dropped.gradient * p_kept};
 }
