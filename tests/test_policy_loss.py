@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import check_every_instruction_set, golden
+from common import check_every_instruction_set, golden
 from torch import Tensor
 
 import cacovid_kernels as ck
