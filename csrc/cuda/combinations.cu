@@ -40,8 +40,9 @@ struct Call {
   uint32_t* packed;
 };
 static_assert(sizeof(Call) <= 4096, "the arguments of a kernel fit into 4 KiB");
-static_assert(Space::bytes(most_combination_tokens, most_combination_tokens, most_combination_tokens, true) <= 99 << 10,
-              "every GPU from sm_80 on has this much shared memory for a block");
+static_assert(Space::bytes(most_combination_tokens, most_combination_tokens, most_combination_tokens, true) <=
+                  static_cast<int64_t>(most_shared_bytes),
+              "a block has this much shared memory");
 
 __host__ __device__ constexpr int32_t lanes_of(int64_t largest_group) {
   return largest_group <= 8 ? 8 : largest_group <= 16 ? 16 : largest_group <= 32 ? 32 : 0;

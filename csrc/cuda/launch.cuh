@@ -13,6 +13,7 @@ namespace cacovid::cuda {
 constexpr int warp_lanes = 32;
 constexpr int64_t most_blocks = 2147483647;      // of a grid, along x
 constexpr size_t plain_shared_bytes = 48 << 10;  // more has to be asked for
+constexpr size_t most_shared_bytes = 99 << 10;   // of a block, on every GPU from sm_80 on
 
 #if defined(__CUDACC__)
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
@@ -59,8 +60,9 @@ int launch(Stream stream, void (*kernel)(Expected...), int64_t blocks, int threa
   const OnDevice on(stream.device);
   if (on.error() != cudaSuccess) return on.error();
   if (shared_bytes > plain_shared_bytes) {
+    // Always the same: what one launch asks for holds for the kernel, and so for those of other threads.
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

@@ -37,12 +37,16 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
+// Refuses to change what was set: that would be a race between threads that launch the kernel.
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  return simt::set_shared_limit(reinterpret_cast<const void*>(kernel), bytes) ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <class... Expected, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... arguments) {
+  if (config->dynamicSmemBytes > simt::shared_limit(reinterpret_cast<const void*>(kernel))) {
+    return cudaErrorInvalidValue;
+  }
   simt::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(Expected(arguments)...); });
   return cudaSuccess;
 }

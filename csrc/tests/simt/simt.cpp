@@ -414,6 +414,10 @@ std::map<void*, DeviceMemory>& device_memory() {
   static auto* all = new std::map<void*, DeviceMemory>;
   return *all;
 }
+std::map<const void*, size_t>& shared_limits() {
+  static auto* all = new std::map<const void*, size_t>;
+  return *all;
+}
 int device_users = 0;
 std::atomic<int64_t> grids{0};
 
@@ -449,6 +453,18 @@ void run(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& 
   open_device_memory(true);
   here.run_grid(grid, block, shared_bytes, thread);
   open_device_memory(false);
+}
+
+size_t shared_limit(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(device_lock);
+  const auto found = shared_limits().find(kernel);
+  return found == shared_limits().end() ? size_t{48} << 10 : found->second;
+}
+
+bool set_shared_limit(const void* kernel, int bytes) {
+  if (bytes < 0 || bytes > 99 << 10) return false;
+  const std::lock_guard<std::mutex> lock(device_lock);
+  return shared_limits().emplace(kernel, bytes).first->second == static_cast<size_t>(bytes);
 }
 
 int64_t launches() { return grids; }

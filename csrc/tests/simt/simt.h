@@ -31,6 +31,10 @@ uint64_t wait(Operation operation, uint32_t mask, uint64_t value = 0, int operan
 // Runs `thread` once for every thread of the grid; dynamic shared memory of `shared_bytes` per block.
 void run(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& thread);
 
+// Most dynamic shared memory of a block of this kernel: 48 KiB, unless set before, to one value up to 99 KiB.
+size_t shared_limit(const void* kernel);
+bool set_shared_limit(const void* kernel, int bytes);
+
 int64_t launches();  // grids that ran so far
 
 // Memory that only kernels may touch: outside of a run every access to it faults, as does one behind its end.
