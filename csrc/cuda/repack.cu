@@ -39,6 +39,8 @@ __device__ __forceinline__ uint32_t head_of(uint32_t row, const int32_t* bounds,
   return low;
 }
 
+static_assert(sizeof(Tensors<CacheShape>) <= 4096, "the arguments of a kernel fit into 4 KiB");
+
 struct CacheRows {
   static constexpr bool unturned_rows_stay = false;
   const CacheShape& s;
@@ -163,7 +165,7 @@ struct Task {
     work.rest = shape.columns.rest;
     work.width = shape.columns.width;
   }
-  bool idle() const { return work.half + work.rest == 0 || (work.rows == 0 && shape.tail == 0); }
+  bool idle() const { return work.half + work.rest == 0 || work.rows + work.walks * work.tail == 0; }
 };
 
 int enqueue(Packer<CacheShape>& packer, Stream stream) {

@@ -230,6 +230,8 @@ def test_empty_results():
     x = torch.randn(2, 3, 5, 4)
     check([x, x[..., :0], x[:0]], [empty, lists(1, 1, 2, 5)], [], [0, 1, 1], [], [], [False] * 3)
     check_in_place([x.clone()], [empty], *plain([x]), [IN_HEADS], True)
+    for none in (x[:0], x[:, :0]):
+        check_in_place([none.clone()], [lists(1, 1, 2, 5)], *plain([none]), [IN_HEADS], True)
     check([x[:, :, :0]], [torch.tensor([[[0, 3]]])], *plain([x]))
 
 
