@@ -32,16 +32,26 @@ struct PackParams {
   uint32_t* words;
 };
 
-__device__ __forceinline__ bool is_set(const PackParams& p, int64_t at) {
-  switch (p.item) {
-    case 1: return __ldg(static_cast<const uint8_t*>(p.masks) + at) != 0;
-    case 2: return __ldg(static_cast<const uint16_t*>(p.masks) + at) != 0;
-    case 4: return __ldg(static_cast<const uint32_t*>(p.masks) + at) != 0;
-    default: return __ldg(static_cast<const int64_t*>(p.masks) + at) != 0;
+// A warp makes 32 words of a row, from word `first` on: every lane looks at one token of each, and loads all of them
+// before it uses one.
+template <class T>
+__device__ __forceinline__ uint32_t pack_words(const PackParams& p, int64_t row, int64_t first, int lane) {
+  const T* masks = static_cast<const T*>(p.masks) + row * p.row_stride;
+  T values[warp_lanes];
+#pragma unroll
+  for (int w = 0; w < warp_lanes; ++w) {
+    const int64_t token = (first + w) * word_tokens + lane;
+    values[w] = token < p.tokens ? __ldg(masks + token * p.stride) : T{0};
   }
+  uint32_t mine = 0;
+#pragma unroll
+  for (int w = 0; w < warp_lanes; ++w) {
+    const uint32_t word = __ballot_sync(all_lanes, values[w] != 0);
+    mine = lane == w ? word : mine;
+  }
+  return mine;
 }
 
-// A warp makes 32 words of a row: every lane looks at one token of each.
 __global__ void __launch_bounds__(pack_warps* warp_lanes) pack_kernel(const __grid_constant__ PackParams p) {
   const int lane = threadIdx.x % warp_lanes;
   const int64_t tile = int64_t{blockIdx.x} * pack_warps + threadIdx.x / warp_lanes;
@@ -49,12 +59,11 @@ __global__ void __launch_bounds__(pack_warps* warp_lanes) pack_kernel(const __gr
   const Division at = divide(tile, p.row_tiles);
   const int64_t row = at.quotient, first = at.remainder * warp_lanes;
   uint32_t mine = 0;
-#pragma unroll 8
-  for (int w = 0; w < warp_lanes; ++w) {
-    const int64_t token = (first + w) * word_tokens + lane;
-    const bool set = token < p.tokens && is_set(p, row * p.row_stride + token * p.stride);
-    const uint32_t word = __ballot_sync(all_lanes, set);
-    mine = lane == w ? word : mine;
+  switch (p.item) {
+    case 1: mine = pack_words<uint8_t>(p, row, first, lane); break;
+    case 2: mine = pack_words<uint16_t>(p, row, first, lane); break;
+    case 4: mine = pack_words<uint32_t>(p, row, first, lane); break;
+    default: mine = pack_words<int64_t>(p, row, first, lane); break;
   }
   if (first + lane < p.row_words) p.words[row * p.row_words + first + lane] = mine;
 }
