@@ -1,0 +1,1 @@
+"""Published ways to choose video tokens without training, expressed on the ops."""
