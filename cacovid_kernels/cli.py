@@ -1,11 +1,12 @@
-"""The command line: `python -m cacovid_kernels demo` and `... doctor`."""
+"""The command line: `python -m cacovid_kernels demo`, `... train` and `... doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m cacovid_kernels", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{demo,doctor}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,train,doctor}")
 
     demo = commands.add_parser("demo", help="compress a real video for a real model and prove it right")
     demo.set_defaults(command=_demo)
@@ -57,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the clip, the model, the policy")
 
+    train = commands.add_parser("train", help="train a compression policy against a frozen model")
+    train.set_defaults(command=_train)
+    train.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON or TOML, see TrainConfig")
+
     doctor = commands.add_parser("doctor", help="what was built, which backends work, a self-test of each")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -71,21 +76,34 @@ def _demo(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < least:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}={getattr(arguments, name)} must be at least {least}.")
-    try:
+    with _extra("demo"):
         from cacovid_kernels.demo.report import Progress
 
         with Progress().stage("load torch and transformers"):
             from cacovid_kernels.demo.command import run_demo
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("cacovid_kernels"):
-            raise
-        raise UserError(
-            f"demo: a package is missing ({error}). Install with `pip install cacovid-kernels[demo]`."
-        ) from None
     return run_demo(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    with _extra("train"):
+        from cacovid_kernels.training.command import run_train
+    return run_train(arguments.config)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from cacovid_kernels.doctor import examine
 
     return examine()
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Imports of a command whose packages an extra of the same name installs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("cacovid_kernels"):
+            raise
+        raise UserError(
+            f"{name}: a package is missing ({error}). Install with `pip install cacovid-kernels[{name}]`."
+        ) from None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cacovid_kernels.compressors.density import density_peaks
 from cacovid_kernels.ops.combinations import sample_combinations
+from cacovid_kernels.ops.policy_loss import pack_masks
 from cacovid_kernels.ops.sample import gumbel_topk
 from cacovid_kernels.training.config import TrainConfig
 
@@ -35,7 +36,7 @@ class Term(NamedTuple):
 
     head: str  # whose scores were drawn from: "tokens" or "frames"
     likelihood: str  # "actions": keep or drop, token by token; "plackett_luce": the ordered draw
-    actions: Tensor  # [g, n] bool masks, or [g, R, k] int64 items per row of scores, in drawing order, -1 padding
+    actions: Tensor  # `pack_masks` words [g, n / 32], or [g, R, k] int64 items per row of scores as drawn, -1 padding
     balanced: bool = False  # kept and dropped tokens weigh the same ("actions" alone)
 
     def followed_by(self, later: Term) -> Term:
@@ -69,10 +70,11 @@ def draw_combinations(scene: Scene, keep_ratio: float, step: int, config: TrainC
     )  # fmt: skip
     total = found.lengths[0]
     parts = {"token": found.indices}
-    terms = {"token": Term("tokens", "actions", found.mask(), balanced=True)}
+    packed = pack_masks(indices=found.indices, num_tokens=t * h * w)
+    terms = {"token": Term("tokens", "actions", packed, balanced=True)}
     if config.num_frame:
         parts["frame"] = _content_of_frames(scene, found.frame_indices.clamp(min=0), total)
-        terms["frame"] = Term("frames", "actions", found.frame_mask())
+        terms["frame"] = Term("frames", "actions", pack_masks(indices=found.frame_indices, num_tokens=t))
     if config.num_content:
         peaks = density_peaks(scene.features.reshape(t, h * w, -1), total // t)  # [t, k]
         flat = peaks + torch.arange(0, t * h * w, h * w, device=peaks.device)[:, None]

@@ -109,13 +109,13 @@ class State:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, then delete old ones."""
-        model = get_model_state_dict(self.policy, options=_WHOLE)
-        optimizer = get_optimizer_state_dict(self.policy, self.optimizer, options=_WHOLE)
+        policy: Any = get_model_state_dict(self.policy, options=_WHOLE)
+        optimizer: Any = get_optimizer_state_dict(self.policy, self.optimizer, options=_WHOLE)
         if self.accelerator.is_main_process:
             known = {"step": step, "global_batch": self.global_batch, "config": self.config.to_dict()}
 
             def write(folder: Path) -> None:
-                write_policy(folder, model, self.shape)
+                write_policy(folder, policy, self.shape)
                 moments = {f"{kind}/{name}": x for name, y in optimizer["state"].items() for kind, x in y.items()}
                 write_tensors(folder / OPTIMIZER, moments)
                 (folder / TRAINER).write_text(json.dumps(known, indent=2) + "\n")
@@ -142,19 +142,19 @@ class State:
             return 0
         known = json.loads((folder / TRAINER).read_text())
         self._check_settings(known, folder)
-        set_model_state_dict(self.policy, read_policy_tensors(folder / WEIGHTS, "cpu"), options=_WHOLE)
-        optimizer = get_optimizer_state_dict(self.policy, self.optimizer, options=_WHOLE)
-        state: dict[str, dict[str, Tensor]] = {}
+        policy: Any = read_policy_tensors(folder / WEIGHTS, "cpu")
+        set_model_state_dict(self.policy, policy, options=_WHOLE)
+        optimizer: Any = get_optimizer_state_dict(self.policy, self.optimizer, options=_WHOLE)
+        optimizer["state"] = {}
         for key, tensor in read_tensors(folder / OPTIMIZER).items():
             kind, name = key.split("/", 1)
-            state.setdefault(name, {})[kind] = tensor
-        optimizer["state"] = state
+            optimizer["state"].setdefault(name, {})[kind] = tensor
         set_optimizer_state_dict(self.policy, self.optimizer, optimizer, options=_WHOLE)
         return known["step"]
 
     def export(self, folder: Path) -> CompressionPolicy:
         """Write the policy alone and return a copy of it on the CPU, in evaluation mode."""
-        tensors = get_model_state_dict(self.policy, options=StateDictOptions(full_state_dict=True))
+        tensors: Any = get_model_state_dict(self.policy, options=StateDictOptions(full_state_dict=True))
         copy = CompressionPolicy(self.shape)
         copy.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
         if self.accelerator.is_main_process:

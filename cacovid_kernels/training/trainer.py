@@ -72,7 +72,7 @@ class Trainer:
         self.config, self.model, self.rows = config, model, rows
         self.reward = REWARDS[config.reward] if reward is None else reward
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=config.gradient_accumulation)
-        model.network.to(self.accelerator.device).eval().requires_grad_(False)
+        self._freeze()
         policy = first_policy(config, model) if policy is None else policy
         optimizer = torch.optim.AdamW(optimizer_groups(policy.float().train(), config))
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
@@ -113,6 +113,14 @@ class Trainer:
                     if log:
                         log.say(f"step {step}: checkpoint; time: {self.stages.shares()}")
         return self.state.export(output / "policy")
+
+    def _freeze(self) -> None:
+        network, dtype, device = self.model.network, self.config.dtype, self.accelerator.device
+        if dtype == "auto":
+            wanted = torch.float32 if device.type == "cpu" else network.dtype
+        else:
+            wanted = getattr(torch, dtype)
+        network.to(device, wanted).eval().requires_grad_(False)
 
     def _step(self, step: int) -> dict[str, float]:
         """All iterations on the samples of one step; the step's scalars."""

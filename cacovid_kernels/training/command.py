@@ -1,0 +1,28 @@
+"""`python -m cacovid_kernels train`: read the configuration, load the frozen model and the data, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import logging
+
+from cacovid_kernels.demo.model import load_model
+from cacovid_kernels.training.config import TrainConfig
+from cacovid_kernels.training.data import FileRows
+from cacovid_kernels.training.trainer import Trainer
+
+
+def run_train(path: Path) -> int:
+    """Train as a configuration file says; 0 when it is done.
+
+    Raises:
+        UserError: the configuration, the model, the data or the policy cannot be used.
+    """
+    logging.set_verbosity_error()
+    config = TrainConfig.from_file(path)
+    rows = FileRows(config.data, video_root=config.video_root, num_frames=config.num_frames)
+    trainer = Trainer(config, load_model(config.model), rows)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        print(f"wrote {config.output}/policy after {trainer.steps} steps; bad rows: {len(trainer.skipped.reasons)}")
+    return 0
