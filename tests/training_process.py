@@ -1,0 +1,73 @@
+"""Training runs in processes of their own: to be killed, or to work together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+
+from training_toy import BRIGHT, ToyRows, toy_model
+
+from cacovid_kernels.training.config import TrainConfig
+
+ROWS = 16
+
+
+def start(config: TrainConfig, processes: int = 1) -> list[BaseProcess]:
+    """Start a run on the toy data in so many processes, which one server forks: they start in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_process", "training_preload"])
+    with _path_of_tests():
+        forkserver.ensure_running()
+    port = _free_port()
+    started = []
+    for rank in range(processes):
+        process = context.Process(target=_run, args=(config, rank, processes, port))
+        process.start()
+        started.append(process)
+    return started
+
+
+def finish(processes: list[BaseProcess]) -> None:
+    """Wait for a run that must succeed."""
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * len(processes), codes
+
+
+def _run(config: TrainConfig, rank: int, processes: int, port: int) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if processes > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    from training_preload import Trainer
+
+    Trainer(config, toy_model(), ToyRows(ROWS), reward=BRIGHT).train()
+
+
+@contextmanager
+def _path_of_tests() -> Iterator[None]:
+    """The server, once started, imports from where this process does; it reads that from the environment alone."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
