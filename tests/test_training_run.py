@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_process import ROWS, finish, start
-from training_toy import BRIGHT, ToyRows, keeps_bright, toy_config, toy_model
+from training_toy import BRIGHT, FRAMES, ToyRows, keeps_bright, toy_config, toy_model
 
 import cacovid_kernels as ck
 from cacovid_kernels.cli import main
@@ -21,7 +21,8 @@ from cacovid_kernels.demo import UserError
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import BadRowError
 from cacovid_kernels.training.log import read_log
-from cacovid_kernels.training.rewards import REWARDS, Reward
+from cacovid_kernels.training.rewards import REWARDS, Attempts, Reward
+from cacovid_kernels.training.rollout import encode, policy_batch
 from cacovid_kernels.training.trainer import Trainer
 
 STEPS = 30
@@ -59,36 +60,23 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("sampler", ["combinations", "gumbel", "gumbel_video"])
 def test_it_learns_what_is_rewarded(sampler, model, tmp_path):
     config = toy_config(
-        tmp_path,
-        sampler=sampler,
-        learning_rate=8e-3,
-        max_steps=40,
-        save_every=40,
-        batch_size=4,
-        num_token=9,
+        tmp_path, sampler=sampler, learning_rate=5e-3, max_steps=24, save_every=24, batch_size=4, num_token=9,
         num_frame=2,
-    )
+    )  # fmt: skip
     policy = Trainer(config, model, ToyRows(256), reward=BRIGHT).train()
-    curve = _curve(tmp_path)
-    first, last = (np.mean([x["reward/token"] for x in part]) for part in (curve[:8], curve[-8:]))
-    assert first < 0.3
-    assert last > first + 0.25, (first, last)
-    # On videos that it has not seen, with the selection that users call.
-    from cacovid_kernels.training.rollout import encode, policy_batch
-
-    kept = []
-    for i in range(500, 516):
-        prompt = encode(model, dataclasses.replace(ToyRows()[0], **vars(ToyRows()[i])), config)
-        scores = policy(**policy_batch([prompt])).tokens
-        best = ck.segmented_topk(scores, 8)[None]
-        kept.append(keeps_bright(_Attempt(prompt.sample, best)).item())
-    assert np.mean(kept) > 0.6, np.mean(kept)
-
-
-@dataclasses.dataclass
-class _Attempt:
-    sample: object
-    kept: torch.Tensor
+    curve = [record["reward/token"] for record in read_log(tmp_path)]
+    first, last = np.mean(curve[:6]), np.mean(curve[-6:])
+    assert first < 0.3, curve
+    # The paper's space goes on exploring: no group of tokens is drawn more often than every other time.
+    assert last > (0.4 if sampler == "combinations" else 0.9), curve
+    # On videos that it has not seen, with a selection as users make it.
+    found = []
+    for i in range(500, 510):
+        prompt = encode(model, ToyRows()[i], config)
+        scores = policy(**policy_batch([prompt])).tokens.reshape(FRAMES, -1)
+        attempts = Attempts(prompt.sample, ck.segmented_topk(scores, 2)[None], prompt.answer, None, None)
+        found.append(keeps_bright(attempts).item())
+    assert np.mean(found) > 0.9, found
 
 
 def test_scalars_and_files_of_a_run(model, tmp_path, capfd):
@@ -169,7 +157,7 @@ def uninterrupted(tmp_path_factory):
 
 def _lively(output, **changes) -> TrainConfig:
     """Steps large enough that a bit lost anywhere shows in the next loss."""
-    return toy_config(output, learning_rate=1e-2, max_steps=STEPS, save_every=1, **changes)
+    return toy_config(output, learning_rate=4e-3, max_steps=STEPS, save_every=1, **changes)
 
 
 def test_killed_at_random_it_goes_on_bit_for_bit(uninterrupted, tmp_path):
@@ -227,8 +215,8 @@ def test_two_processes_are_one(uninterrupted, tmp_path):
     assert _curve(two) == _curve(one)
     assert _same(_weights(two), _weights(one))
     # One pass of two samples pads and sums in another order.
-    for a, b in zip(_curve(two), _curve(uninterrupted), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+    for a, b in zip(_curve(two)[:4], _curve(uninterrupted)[:4], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-8)
 
 
 # ---- what is no number, what is no row ----------------------------------------------------------

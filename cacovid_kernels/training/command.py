@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from transformers.utils import logging
@@ -13,7 +14,7 @@ from cacovid_kernels.training.trainer import Trainer
 
 
 def run_train(path: Path) -> int:
-    """Train as a configuration file says; 0 when it is done.
+    """Train as a configuration file says; 0 when it is done, 1 when a number of it was none.
 
     Raises:
         UserError: the configuration, the model, the data or the policy cannot be used.
@@ -22,7 +23,11 @@ def run_train(path: Path) -> int:
     config = TrainConfig.from_file(path)
     rows = FileRows(config.data, video_root=config.video_root, num_frames=config.num_frames)
     trainer = Trainer(config, load_model(config.model), rows)
-    trainer.train()
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if trainer.accelerator.is_main_process:
         print(f"wrote {config.output}/policy after {trainer.steps} steps; bad rows: {len(trainer.skipped.reasons)}")
     return 0

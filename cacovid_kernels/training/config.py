@@ -88,6 +88,7 @@ class TrainConfig:
             ("max_keep_ratio", "in (0, 1]", 0 < self.max_keep_ratio <= 1),
             ("hard_accuracy", "below easy_accuracy", self.hard_accuracy < self.easy_accuracy),
             ("keep_checkpoints", "at least 2, or a damaged one leaves nothing", self.keep_checkpoints >= 2),
+            ("kl_weight", "0 with this sampler, whose draws have no prior", self._may_have_prior),
             ("seed", "in [0, 2^64)", 0 <= self.seed < 2**64),
         ):
             if not holds:
@@ -103,6 +104,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not bound <= value < math.inf:
                 raise UserError(f"config: {name}={value} must be finite and at least {bound}.")
+
+    @property
+    def _may_have_prior(self) -> bool:
+        return self.sampler == "combinations" or self.kl_weight == 0
 
     @property
     def num_combinations(self) -> int:

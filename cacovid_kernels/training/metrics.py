@@ -17,7 +17,7 @@ class StepMetrics:
     """Means over the samples, combinations and iterations of one step, of this process and then of all."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}  # sum and count
+        self._values: dict[str, list[float]] = {}
         self._losses: list[tuple[str, Tensor]] = []
         self._scalars: dict[str, list[Tensor]] = {}
 
@@ -62,20 +62,20 @@ class StepMetrics:
             if not math.isfinite(value):
                 raise FloatingPointError(f"training: the loss of {sample} is {value}.")
         for name, group in on_device.items():
-            self._add(name, values[: len(group)])
+            self._values[name] = values[: len(group)]
             del values[: len(group)]
-        if not math.isfinite(self._sums["gradient_norm"][0]):
+        if not all(map(math.isfinite, self._values["gradient_norm"])):
             samples = ", ".join(dict.fromkeys(sample for sample, _ in self._losses))
-            raise FloatingPointError(
-                f"training: the gradient is not finite; it is that of {samples} and of other processes."
-            )
-        names = sorted(self._sums)
-        sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
-        totals = accelerator.reduce(sums, "sum").tolist()
-        return {name: total / count for name, (total, count) in zip(names, totals, strict=True)}
+            raise FloatingPointError(f"training: the gradient of {samples}, or of another process, is not finite.")
+        names = sorted(self._values)
+        mine = torch.tensor([x for name in names for x in self._values[name]], dtype=torch.float64)
+        everyone = accelerator.gather(mine.to(accelerator.device)).view(-1, len(mine)).T.tolist()  # [values][processes]
+        means = {}
+        for name in names:
+            part = [x for row in everyone[: len(self._values[name])] for x in row]
+            del everyone[: len(self._values[name])]
+            means[name] = math.fsum(part) / len(part)  # rounded once: no matter which process had which sample
+        return means
 
     def _add(self, name: str, values: Iterable[float]) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        for value in values:
-            entry[0] += value
-            entry[1] += 1
+        self._values.setdefault(name, []).extend(values)
