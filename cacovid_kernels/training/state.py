@@ -42,8 +42,9 @@ OPTIMIZER, TRAINER, CONFIG = "optimizer.safetensors", "trainer.json", "config.js
 _FREE = ("output", "data", "video_root", "save_every", "keep_checkpoints", "max_bad_rows")
 _SPREAD = ("batch_size", "gradient_accumulation")
 
-# Whole tensors on the CPU, whether parameters are replicated or sharded over processes.
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Whole tensors, whether parameters are replicated or sharded over processes: in all, or in the main one's memory.
+_WHOLE = StateDictOptions(full_state_dict=True)
+_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def first_policy(config: TrainConfig, model: VideoModel) -> CompressionPolicy:
@@ -109,8 +110,8 @@ class State:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, then delete old ones."""
-        policy: Any = get_model_state_dict(self.policy, options=_WHOLE)
-        optimizer: Any = get_optimizer_state_dict(self.policy, self.optimizer, options=_WHOLE)
+        policy: Any = get_model_state_dict(self.policy, options=_ON_MAIN)
+        optimizer: Any = get_optimizer_state_dict(self.policy, self.optimizer, options=_ON_MAIN)
         if self.accelerator.is_main_process:
             known = {"step": step, "global_batch": self.global_batch, "config": self.config.to_dict()}
 
@@ -154,7 +155,7 @@ class State:
 
     def export(self, folder: Path) -> CompressionPolicy:
         """Write the policy alone and return a copy of it on the CPU, in evaluation mode."""
-        tensors: Any = get_model_state_dict(self.policy, options=StateDictOptions(full_state_dict=True))
+        tensors: Any = get_model_state_dict(self.policy, options=_WHOLE)
         copy = CompressionPolicy(self.shape)
         copy.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
         if self.accelerator.is_main_process:

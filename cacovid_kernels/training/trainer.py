@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from cacovid_kernels.demo import UserError
 from cacovid_kernels.demo.model import VideoModel
@@ -158,7 +159,8 @@ class Trainer:
         with self.stages("optimiser"):
             if self.accelerator.sync_gradients:
                 most = self.config.max_grad_norm or math.inf
-                metrics.scalar("gradient_norm", self.accelerator.clip_grad_norm_(self.policy.parameters(), most))
+                norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), most)
+                metrics.scalar("gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
