@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from training_toy import BRIGHT, ToyRows, toy_model
 
@@ -18,7 +19,11 @@ from cacovid_kernels.training.config import TrainConfig
 ROWS = 16
 
 
-def start(config: TrainConfig, processes: int = 1) -> list[BaseProcess]:
+def _default() -> None:
+    """What the trainer makes for itself."""
+
+
+def start(config: TrainConfig, processes: int = 1, accelerator: Callable[[], Any] = _default) -> list[BaseProcess]:
     """Start a run on the toy data in so many processes, which one server forks: they start in no time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_process", "training_preload"])
@@ -27,7 +32,7 @@ def start(config: TrainConfig, processes: int = 1) -> list[BaseProcess]:
     port = _free_port()
     started = []
     for rank in range(processes):
-        process = context.Process(target=_run, args=(config, rank, processes, port))
+        process = context.Process(target=_run, args=(config, rank, processes, port, accelerator))
         process.start()
         started.append(process)
     return started
@@ -41,7 +46,7 @@ def finish(processes: list[BaseProcess]) -> None:
     assert codes == [0] * len(processes), codes
 
 
-def _run(config: TrainConfig, rank: int, processes: int, port: int) -> None:
+def _run(config: TrainConfig, rank: int, processes: int, port: int, accelerator: Callable[[], Any]) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if processes > 1:
         os.environ |= {
@@ -50,7 +55,7 @@ def _run(config: TrainConfig, rank: int, processes: int, port: int) -> None:
         }  # fmt: skip
     from training_preload import Trainer
 
-    Trainer(config, toy_model(), ToyRows(ROWS), reward=BRIGHT).train()
+    Trainer(config, toy_model(), ToyRows(ROWS), reward=BRIGHT, accelerator=accelerator()).train()
 
 
 @contextmanager

@@ -22,6 +22,14 @@ REWARDS = ("exact", "log_prob", "generated")
 class TrainConfig:
     """How a compression policy is trained; the defaults are the published run's unless a comment says otherwise.
 
+    Raises:
+        UserError: a value breaks its rule; one line says which.
+
+    Example:
+        >>> from cacovid_kernels.training import TrainConfig
+        >>> TrainConfig(sampler="gumbel", keep_ratio=0.05).num_combinations
+        32
+
     Source: CaCoVID (arXiv 2602.01649), the published `run_llava_onevision.sh` and `grpo_trainer.py`.
     """
 

@@ -56,6 +56,18 @@ class Trainer:
 
     Raises:
         UserError: an argument cannot be used.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from cacovid_kernels.demo.model import TinyGeometry, tiny_model
+        >>> from cacovid_kernels.training import Sample, TrainConfig, Trainer
+        >>> model = tiny_model(TinyGeometry(image_size=56, vision_width=16, vision_layers=1, width=32, layers=1))
+        >>> rows = [Sample("grey", np.full((2, 56, 56, 3), 128, np.uint8), "which colour?", "grey")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = TrainConfig(output=folder, keep_ratio=0.5, num_token=3, num_frame=1, num_iterations=1)
+        ...     policy = Trainer(config, model, rows).train()
+        >>> policy.config.hidden_size
+        32
     """
 
     def __init__(
