@@ -136,6 +136,21 @@ def test_hard_and_easy_samples_change_what_is_kept(model, tmp_path):
         assert _curve(tmp_path)[0]["kept_ratio"] == pytest.approx(expected)
 
 
+def test_the_policy_to_start_from(model, tmp_path):
+    ck.CompressionPolicy.from_language_model(model.network.model.language_model).save_pretrained(tmp_path / "right")
+    ck.CompressionPolicy(ck.PolicyConfig(32, 64, 4, 2)).save_pretrained(tmp_path / "narrow")
+    trainer = Trainer(toy_config(tmp_path, policy=str(tmp_path / "right")), model, ToyRows())
+    assert _same(trainer.policy.state_dict(), ck.CompressionPolicy.from_pretrained(tmp_path / "right").state_dict())
+    with pytest.raises(UserError, match=r"hidden_size=32, the model 64"):
+        Trainer(toy_config(tmp_path, policy=str(tmp_path / "narrow")), model, ToyRows())
+    with pytest.raises(UserError, match=r"gone cannot be loaded"):
+        Trainer(toy_config(tmp_path, policy=str(tmp_path / "gone")), model, ToyRows())
+    # Without one, it depends on the seed alone.
+    a, b, c = (Trainer(toy_config(tmp_path, seed=seed), model, ToyRows()).policy.state_dict() for seed in (1, 1, 2))
+    assert _same(a, b)
+    assert not _same(a, c)
+
+
 @pytest.mark.parametrize("reward", REWARDS)
 def test_every_reward_trains(reward, model, tmp_path):
     config = toy_config(tmp_path, reward=reward, max_new_tokens=2, max_steps=1, answer_end="")

@@ -81,5 +81,8 @@ def read_log(output: str | Path) -> list[dict[str, float]]:
 def _keep_until(path: Path, step: int) -> None:
     kept = [record for record in read_log(path.parent) if record["step"] <= step]
     staged = path.with_suffix(".tmp")
-    staged.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    with staged.open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(staged, path)

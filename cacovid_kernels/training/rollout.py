@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +70,11 @@ def encode(model: VideoModel, sample: Sample, config: TrainConfig) -> Prompt:
     )
 
 
-def policy_batch(prompts: Sequence[Prompt]) -> dict[str, object]:
+def policy_batch(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Arguments of a `CompressionPolicy` for a batch of prompts, padded on the right."""
     longest = max(prompt.length for prompt in prompts)
     padding = [longest - prompt.length for prompt in prompts]
-    batch: dict[str, object] = {
+    batch: dict[str, Any] = {
         "inputs_embeds": torch.stack(
             [F.pad(x.embeds[: x.length].float(), (0, 0, 0, more)) for x, more in zip(prompts, padding, strict=True)]
         ),

@@ -51,7 +51,7 @@ def first_policy(config: TrainConfig, model: VideoModel) -> CompressionPolicy:
     """The policy that training starts from.
 
     Raises:
-        UserError: `config.policy` cannot be loaded.
+        UserError: `config.policy` cannot be loaded, or is of another model.
     """
     network = model.network
     if config.policy is None:
@@ -59,9 +59,14 @@ def first_policy(config: TrainConfig, model: VideoModel) -> CompressionPolicy:
             torch.manual_seed(config.seed % 2**63)
             return CompressionPolicy.from_language_model(network.model.language_model).to(network.device)
     try:
-        return CompressionPolicy.from_pretrained(config.policy, device=network.device)
+        policy = CompressionPolicy.from_pretrained(config.policy, device=network.device)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"policy: {config.policy} cannot be loaded: {str(error).splitlines()[0]}") from None
+    width = network.config.get_text_config().hidden_size
+    if policy.config.hidden_size != width:
+        found = policy.config.hidden_size
+        raise UserError(f"policy: {config.policy} has hidden_size={found}, the model {width}. Give one of this model.")
+    return policy
 
 
 def optimizer_groups(policy: CompressionPolicy, config: TrainConfig) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -140,22 +141,22 @@ class Trainer:
         metrics, iterations = StepMetrics(), self.config.num_iterations
         with self.stages("read and embed"):
             passes = [self._samples(step, m) for m in range(self.config.gradient_accumulation)]
+            batches = [policy_batch([sample.prompt for sample in samples]) for samples in passes]
         for iteration in range(iterations):
             rate = self._learning_rate((step - 1) * iterations + iteration)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            for samples in passes:
+            for samples, batch in zip(passes, batches, strict=True):
                 with self.accelerator.accumulate(self.policy):
-                    self._iterate(samples, iteration, metrics)
+                    self._iterate(samples, batch, iteration, metrics)
         scalars = metrics.finish(self.accelerator)
         self.stages.collect()
         return {**scalars, "learning_rate": self._learning_rate(step * iterations - 1)}
 
-    def _iterate(self, samples: Sequence[_Sample], iteration: int, metrics: StepMetrics) -> None:
+    def _iterate(self, samples: Sequence[_Sample], batch: dict[str, Any], iteration: int, metrics: StepMetrics) -> None:
         """One draw for every sample and one backward pass over all their draws so far."""
-        prompts = [sample.prompt for sample in samples]
         with self.stages("policy"):
-            scores = _split(self.policy(**policy_batch(prompts)), prompts)
+            scores = _split(self.policy(**batch), [sample.prompt for sample in samples])
         if iteration == 0:
             for sample, found in zip(samples, scores, strict=True):
                 sample.old = PolicyScores(*(x.detach() for x in found))
