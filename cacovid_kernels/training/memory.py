@@ -39,8 +39,8 @@ class Memory:
 
     @property
     def accuracy(self) -> float:
-        """Mean accuracy of the token combinations; 0.5, neither easy nor hard, before the first."""
-        return self.correct / self.attempts if self.attempts else 0.5
+        """Mean accuracy of the token combinations so far, of which there must be some."""
+        return self.correct / self.attempts
 
     def add(self, draw: Draw, rewards: Tensor, accuracy: list[float]) -> None:
         """Append one draw.

@@ -184,7 +184,8 @@ class Trainer:
             draws = []
             for sample in samples:
                 memory = sample.memory
-                memory.keep_ratio = adapted_keep_ratio(memory.keep_ratio, memory.accuracy, config)
+                if iteration > 0:
+                    memory.keep_ratio = adapted_keep_ratio(memory.keep_ratio, memory.accuracy, config)
                 step = sample.number * config.num_iterations + iteration
                 draws.append(SAMPLERS[config.sampler](sample.scene, memory.keep_ratio, step, config))
         with self.stages("frozen model"):
