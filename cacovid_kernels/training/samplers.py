@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cacovid_kernels.compressors.density import density_peaks
 from cacovid_kernels.ops.combinations import sample_combinations
-from cacovid_kernels.ops.policy_loss import pack_masks
 from cacovid_kernels.ops.sample import gumbel_topk
 from cacovid_kernels.training.config import TrainConfig
 
@@ -70,11 +69,10 @@ def draw_combinations(scene: Scene, keep_ratio: float, step: int, config: TrainC
     )  # fmt: skip
     total = found.lengths[0]
     parts = {"token": found.indices}
-    packed = pack_masks(indices=found.indices, num_tokens=t * h * w)
-    terms = {"token": Term("tokens", "actions", packed, balanced=True)}
+    terms = {"token": Term("tokens", "actions", found.packed_mask(), balanced=True)}
     if config.num_frame:
         parts["frame"] = _content_of_frames(scene, found.frame_indices.clamp(min=0), total)
-        terms["frame"] = Term("frames", "actions", pack_masks(indices=found.frame_indices, num_tokens=t))
+        terms["frame"] = Term("frames", "actions", found.packed_frame_mask())
     if config.num_content:
         peaks = density_peaks(scene.features.reshape(t, h * w, -1), total // t)  # [t, k]
         flat = peaks + torch.arange(0, t * h * w, h * w, device=peaks.device)[:, None]
