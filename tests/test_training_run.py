@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 from training_process import ROWS, finish, start
 from training_toy import BRIGHT, FRAMES, ToyRows, keeps_bright, toy_config, toy_model
@@ -125,6 +126,20 @@ def test_learning_rates(model, tmp_path):
     published = Trainer(dataclasses.replace(config, mode="official"), model, ToyRows(), reward=BRIGHT)
     assert published._learning_rate(4) == pytest.approx(0)  # sized by samples, stepped with every update
     assert published._learning_rate(8) == pytest.approx(4.0 / 2)
+
+
+def test_the_configuration_has_the_last_word_on_accumulation(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "5")
+    trainer = Trainer(toy_config(tmp_path, gradient_accumulation=2), model, ToyRows())
+    assert trainer.accelerator.gradient_accumulation_steps == 2
+
+
+def test_deepspeed_is_refused(model, tmp_path):
+    class Other:
+        distributed_type = DistributedType.DEEPSPEED
+
+    with pytest.raises(UserError, match="Use an FSDP configuration"):
+        Trainer(toy_config(tmp_path), model, ToyRows(), accelerator=Other())
 
 
 def test_hard_and_easy_samples_change_what_is_kept(model, tmp_path):

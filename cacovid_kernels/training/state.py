@@ -47,6 +47,19 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 _ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuse what keeps its state to itself.
+
+    Raises:
+        UserError: DeepSpeed is configured.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError(
+            "training: DeepSpeed keeps its optimizer in pickled files of its own, which these checkpoints do not "
+            "hold. Use an FSDP configuration of Accelerate, or none: the policy is one layer."
+        )
+
+
 def first_policy(config: TrainConfig, model: VideoModel) -> CompressionPolicy:
     """The policy that training starts from.
 
@@ -88,11 +101,7 @@ def optimizer_groups(policy: CompressionPolicy, config: TrainConfig) -> list[dic
 
 
 class State:
-    """Saves and restores a run. All processes call its methods together; the main one touches the disk.
-
-    Raises:
-        UserError: the processes work in a way whose state cannot be brought together.
-    """
+    """Saves and restores a run. All processes call its methods together; the main one touches the disk."""
 
     def __init__(
         self,
@@ -103,11 +112,6 @@ class State:
         shape: PolicyConfig,
         global_batch: int,
     ) -> None:
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise UserError(
-                "training: DeepSpeed keeps its optimizer in pickled files of its own, which these checkpoints do not "
-                "hold. Use an FSDP configuration of Accelerate, or none: the policy is one layer."
-            )
         self.accelerator, self.policy, self.config, self.shape = accelerator, policy, config, shape
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
         self.root = Path(config.output) / "checkpoints"

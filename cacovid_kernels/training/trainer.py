@@ -27,7 +27,7 @@ from cacovid_kernels.training.rewards import REWARDS, Reward
 from cacovid_kernels.training.rollout import Prompt, attempt, encode, policy_batch
 from cacovid_kernels.training.samplers import SAMPLERS, Scene
 from cacovid_kernels.training.stages import Stages
-from cacovid_kernels.training.state import State, first_policy, optimizer_groups
+from cacovid_kernels.training.state import State, check_accelerator, first_policy, optimizer_groups
 
 
 class _Sample:
@@ -85,7 +85,10 @@ class Trainer:
             raise UserError("data: no rows. Give at least one.")
         self.config, self.model, self.rows = config, model, rows
         self.reward = REWARDS[config.reward] if reward is None else reward
-        self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=config.gradient_accumulation)
+        self.accelerator = accelerator or Accelerator()
+        check_accelerator(self.accelerator)
+        # Set, not passed: a launcher's environment would overrule an argument.
+        self.accelerator.gradient_accumulation_steps = config.gradient_accumulation
         self._freeze()
         policy = first_policy(config, model) if policy is None else policy
         optimizer = torch.optim.AdamW(optimizer_groups(policy.float().train(), config))
@@ -192,8 +195,9 @@ class Trainer:
             prompts, kept = [sample.prompt for sample in samples], [draw.kept for draw in draws]
             attempts = attempt(self.model, prompts, kept, config, speaks=self.reward.speaks)
         with self.stages("reward"):
-            earned = [self.reward.function(one) for one in attempts]
-            right = [self.reward.accuracy(one) for one in attempts]
+            reward, accuracy = self.reward.function, self.reward.accuracy
+            earned = [reward(one).float() for one in attempts]
+            right = earned if accuracy is reward else [accuracy(one).float() for one in attempts]
             # The one wait of an iteration: how hard a sample is decides how many tokens its next draw keeps.
             known = torch.stack([torch.cat(earned), torch.cat(right)]).tolist()
         first = 0
