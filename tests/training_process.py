@@ -41,7 +41,7 @@ def start(config: TrainConfig, processes: int = 1, accelerator: Callable[[], Any
 def finish(processes: list[BaseProcess]) -> None:
     """Wait for a run that must succeed."""
     for process in processes:
-        process.join(120)
+        process.join(300)
     codes = [process.exitcode for process in processes]
     assert codes == [0] * len(processes), codes
 
