@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import golden
+from common import golden
 
 from cacovid_kernels.compressors.density import density_peaks
 
