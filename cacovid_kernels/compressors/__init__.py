@@ -1,0 +1,12 @@
+"""Other published compressors, as functions of tensors: what they keep of a video at a given number of tokens.
+
+They are written from their papers and agree with their published code on the vectors in `tests/data/compressors`.
+All take any number of leading batch dimensions and return ascending indices into the flat video.
+"""
+
+from cacovid_kernels.compressors.divprune import divprune
+from cacovid_kernels.compressors.evs import evs
+from cacovid_kernels.compressors.fastv import fastv
+from cacovid_kernels.compressors.vidcom2 import vidcom2
+
+__all__ = ["divprune", "evs", "fastv", "vidcom2"]
