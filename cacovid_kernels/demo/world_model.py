@@ -1,0 +1,191 @@
+"""The tiny LLaVA-OneVision of the procedural world: its sizes, its inputs, several questions in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from cacovid_kernels.demo.model import AFTER, BEFORE, SPECIAL_TOKENS
+from cacovid_kernels.demo.questions import ANSWERS, KINDS, Questions, word_tokenizer
+from cacovid_kernels.demo.scenery import SIZE
+from cacovid_kernels.demo.world import SIDE
+
+
+@dataclass(frozen=True)
+class WorldGeometry:
+    """Sizes of the network: 6 x 6 tokens per frame after 2 x 2 pooling of 4-pixel patches."""
+
+    width: int = 96
+    intermediate: int = 256
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    vision_width: int = 64
+    vision_intermediate: int = 128
+    rope_theta: float = 1000.0  # prompts are a few hundred tokens long, and time is read from positions alone
+
+
+def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
+    """A random `LlavaOnevisionForConditionalGeneration` for the world's words and frames."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = transformers.LlavaOnevisionConfig(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": geometry.width,
+            "intermediate_size": geometry.intermediate,
+            "num_hidden_layers": geometry.layers,
+            "num_attention_heads": geometry.heads,
+            "num_key_value_heads": geometry.key_value_heads,
+            "max_position_embeddings": 2048,
+            "rope_theta": geometry.rope_theta,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|im_end|>"],
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": geometry.vision_width,
+            "intermediate_size": geometry.vision_intermediate,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": SIZE,
+            "patch_size": SIZE // SIDE // 2,
+            "vision_use_head": False,
+        },
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = transformers.LlavaOnevisionForConditionalGeneration(config)
+        # Patches do not look at each other: a token shows its own cell and nothing else, so that the evidence lies
+        # where the world's truth says. Attention is silenced, not removed: the class stays Hugging Face's.
+        attention = network.model.vision_tower.encoder.layers[0].self_attn
+        for parameter in attention.parameters():
+            torch.nn.init.zeros_(parameter).requires_grad_(False)
+    network.generation_config = transformers.GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|im_end|>"]
+    )
+    return network
+
+
+def patches(frames: np.ndarray) -> Tensor:
+    """Frames `[N, T, S, S, 3]` uint8 -> the four patches of every token, `[N, T * SIDE * SIDE, 4, 3 * 4 * 4]` uint8."""
+    n, t, size = frames.shape[:3]
+    patch = size // SIDE // 2
+    cut = torch.from_numpy(frames).view(n, t, SIDE, 2, patch, SIDE, 2, patch, 3)
+    return cut.permute(0, 1, 2, 5, 3, 6, 8, 4, 7).reshape(n, t * SIDE * SIDE, 4, -1)
+
+
+def encode(network: Any, cut: Tensor, keep: Tensor) -> Tensor:
+    """Embeddings `[N, k, D]` of the tokens `keep` `[N, k]` of `patches`: those rows of `get_video_features`.
+
+    Tokens do not depend on each other, so what is not kept is not computed.
+    """
+    tower = network.model.vision_tower
+    embed = tower.embeddings.patch_embedding
+    std, mean = torch.tensor(OPENAI_CLIP_STD), torch.tensor(OPENAI_CLIP_MEAN)
+    pixels = cut.gather(1, keep[..., None, None].expand(-1, -1, *cut.shape[2:])).unflatten(-1, (3, -1))
+    pixels = (pixels / (255 * std[:, None]) - (mean / std)[:, None]).flatten(-2)
+    corner = torch.arange(2)[:, None] * 2 * SIDE + torch.arange(2)
+    cell = keep % (SIDE * SIDE)
+    place = (cell // SIDE * 4 * SIDE + cell % SIDE * 2)[..., None] + corner.flatten()
+    hidden = F.linear(pixels, embed.weight.flatten(1), embed.bias) + tower.embeddings.position_embedding(place)
+    layer = tower.encoder.layers[0]
+    hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return network.model.multi_modal_projector(hidden).mean(2)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The chat prompt around the video, one block per question, all blocks behind the same video.
+
+    A block sees the video and itself. Its words have the positions of a prompt with this question alone.
+    """
+
+    before: Tensor  # [2] int64
+    blocks: Tensor  # [N, W] int64: of each question the words, the chat's end, and the answer
+    asked: Tensor  # [Q] int64, in W: the place from which the answer is predicted
+    kind: Tensor  # [W] int64: the question that a word belongs to
+    offset: Tensor  # [W] int64: its place behind the video
+    answers: Tensor  # [N, Q] int64: words
+
+
+def prompts(questions: Questions, tokenizer: Any) -> Prompt:
+    """Tokenize all questions about each video; a question's kind fixes its length."""
+    number = tokenizer.get_vocab()
+    unknown = tokenizer.unk_token_id
+    blocks, kind, offset, asked = [], [], [], []
+    tails = AFTER.format(question="").replace("<", " <").replace(">", "> ").split()
+    answers = torch.tensor([number[word] for word in ANSWERS])[torch.from_numpy(questions.answers)]
+    for n, line in enumerate(questions.words):
+        row: list[int] = []
+        for q, question in enumerate(line):
+            ids = [number.get(word, unknown) for word in [*question.split(), *tails]]
+            if n == 0:
+                asked.append(len(row) + len(ids) - 1)
+                kind += [q] * (len(ids) + 1)
+                offset += range(len(ids) + 1)
+            row += [*ids, int(answers[n, q])]
+        blocks.append(row)
+    before = torch.tensor([number[word] for word in BEFORE.replace(">", "> ").split()])
+    return Prompt(before, torch.tensor(blocks), torch.tensor(asked), torch.tensor(kind), torch.tensor(offset), answers)
+
+
+def hidden_states(network: Any, video: Tensor, keep: Tensor, num_tokens: int, prompt: Prompt) -> Tensor:
+    """Last hidden states of the questions' words `[N, W, D]`, with `keep` `[N, k]` of the video's tokens.
+
+    Args:
+        network: LLaVA-OneVision.
+        video: `[N, k, D]` embeddings of the tokens kept.
+        keep: `[N, k]` int64, their ascending places in the video: positions are those of the whole prompt.
+        num_tokens: tokens of the whole video.
+        prompt: the questions.
+    """
+    n, k = keep.shape
+    lead = len(prompt.before)
+    table = network.get_input_embeddings()
+    before = table(prompt.before).expand(n, -1, -1)
+    newline = network.model.image_newline.expand(n, 1, -1)
+    embeds = torch.cat([before, video, newline, table(prompt.blocks)], 1)
+    end = lead + num_tokens
+    fixed = torch.arange(lead).expand(n, -1)
+    after = (end + 1 + prompt.offset).expand(n, -1)
+    positions = torch.cat([fixed, lead + keep, torch.full((n, 1), end), after], 1)
+    prefix, length = lead + k + 1, embeds.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[prefix:, prefix:] &= prompt.kind[:, None] == prompt.kind
+    output = network.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=mask.expand(n, 1, -1, -1),
+        use_cache=False,
+    )
+    return output.last_hidden_state[:, prefix:]
+
+
+def predict(network: Any, hidden: Tensor, prompt: Prompt) -> Tensor:
+    """Words `[N, Q]` that the network answers."""
+    return network.get_output_embeddings()(hidden[:, prompt.asked]).argmax(-1)
+
+
+def loss(network: Any, hidden: Tensor, prompt: Prompt, weight: Tensor, end: int) -> Tensor:
+    """Cross entropy of the answers, weighted by `[N, Q]`, and of the end of the chat behind them."""
+    head = network.get_output_embeddings()
+    answer = F.cross_entropy(head(hidden[:, prompt.asked]).flatten(0, 1), prompt.answers.flatten(), reduction="none")
+    closing = head(hidden[:, prompt.asked + 1]).flatten(0, 1)
+    closed = F.cross_entropy(closing, torch.full((len(closing),), end))
+    return (answer * weight.flatten()).sum() / weight.sum() + 0.1 * closed
+
+
+__all__ = ["KINDS", "Prompt", "WorldGeometry", "build_network", "encode", "patches", "prompts", "word_tokenizer"]
