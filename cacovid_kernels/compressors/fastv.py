@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cacovid_kernels.compressors._keep import check_count, keep_largest

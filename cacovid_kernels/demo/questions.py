@@ -42,6 +42,7 @@ _TEMPLATES = (
     "which comes {which} the {colour} {shape} or the {colour2} {shape2}",
 )
 ANSWERS = (*COLOURS, *SHAPES, *PLACES, *DIRECTIONS)
+LABELS = (*COLOURS, *SHAPES, "glows")  # the words that can be said of what one token shows
 _STREAM_WORDS = 5
 _CHAT_WORDS = ("user", "assistant")
 
@@ -97,6 +98,19 @@ def ask(scenes: Scenes) -> Questions:
     truth[:, KINDS.index("order")] |= top == OTHER
     truth[:, KINDS.index("event")] &= scenes.glows[:, GLOWING, :, None]
     return Questions(words, answers, truth.reshape(n, len(KINDS), frames, SIDE, SIDE))
+
+
+def labels(scenes: Scenes) -> np.ndarray:
+    """`[N, T * CELLS, LABELS]` float32: 1 for the words that fit what each token shows, 0 for the others."""
+    n, _, frames = scenes.alive.shape
+    top = scenes.top()
+    out = np.zeros((n, frames, CELLS, len(LABELS)), np.float32)
+    i, t, cell = np.nonzero(top >= 0)
+    m = top[i, t, cell]
+    out[i, t, cell, scenes.colour[i, m, t]] = 1
+    out[i, t, cell, len(COLOURS) + scenes.shape[i, m]] = 1
+    out[i, t, cell, -1] = scenes.glows[i, m, t]
+    return out.reshape(n, frames * CELLS, len(LABELS))
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from cacovid_kernels.demo.world import CELLS, COLOURS, SHAPES, SIDE, Scenes, uniforms
+from cacovid_kernels.demo.world import COLOURS, SHAPES, SIDE, Scenes, uniforms
 
 CELL = 8  # pixels per side of a cell
 SIZE = SIDE * CELL

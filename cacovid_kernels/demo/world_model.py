@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cacovid_kernels.demo.model import AFTER, BEFORE, SPECIAL_TOKENS
-from cacovid_kernels.demo.questions import ANSWERS, KINDS, Questions, word_tokenizer
-from cacovid_kernels.demo.scenery import SIZE
-from cacovid_kernels.demo.world import SIDE
+from cacovid_kernels.demo.questions import ANSWERS, Questions, ask, labels
+from cacovid_kernels.demo.scenery import SIZE, paint
+from cacovid_kernels.demo.world import SIDE, WorldConfig, draw
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class WorldGeometry:
     """Sizes of the network: 6 x 6 tokens per frame after 2 x 2 pooling of 4-pixel patches."""
 
     width: int = 96
-    intermediate: int = 256
+    intermediate: int = 192
     layers: int = 4
     heads: int = 4
     key_value_heads: int = 2
@@ -70,9 +71,13 @@ def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
         network = transformers.LlavaOnevisionForConditionalGeneration(config)
         # Patches do not look at each other: a token shows its own cell and nothing else, so that the evidence lies
         # where the world's truth says. Attention is silenced, not removed: the class stays Hugging Face's.
-        attention = network.model.vision_tower.encoder.layers[0].self_attn
-        for parameter in attention.parameters():
-            torch.nn.init.zeros_(parameter).requires_grad_(False)
+        tower = network.model.vision_tower
+        for parameter in tower.encoder.layers[0].self_attn.parameters():
+            torch.nn.init.zeros_(parameter)
+        for unused in (tower.encoder.layers[0].self_attn, tower.encoder.layers[0].layer_norm1, tower.post_layernorm):
+            unused.requires_grad_(False)
+        # Words and what shows them meet in one space from the first step on.
+        torch.nn.init.normal_(network.get_input_embeddings().weight, std=0.2)
     network.generation_config = transformers.GenerationConfig(
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|im_end|>"]
     )
@@ -119,6 +124,24 @@ class Prompt:
     kind: Tensor  # [W] int64: the question that a word belongs to
     offset: Tensor  # [W] int64: its place behind the video
     answers: Tensor  # [N, Q] int64: words
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N videos with one question of every kind."""
+
+    patches: Tensor  # [N, T * SIDE * SIDE, 4, 48] uint8
+    prompt: Prompt
+    truth: Tensor  # [N, Q, T * SIDE * SIDE] bool: tokens that hold the evidence
+    labels: Tensor  # [N, T * SIDE * SIDE, LABELS] float32: what each token shows
+
+
+def world_batch(seed: int, index: Sequence[int], tokenizer: Any, config: WorldConfig) -> Batch:
+    """Draw, render and ask about the videos (seed, index)."""
+    scenes = draw(seed, index, config)
+    questions = ask(scenes)
+    truth = torch.from_numpy(questions.truth).flatten(2)
+    return Batch(patches(paint(scenes)), prompts(questions, tokenizer), truth, torch.from_numpy(labels(scenes)))
 
 
 def prompts(questions: Questions, tokenizer: Any) -> Prompt:
@@ -179,13 +202,10 @@ def predict(network: Any, hidden: Tensor, prompt: Prompt) -> Tensor:
     return network.get_output_embeddings()(hidden[:, prompt.asked]).argmax(-1)
 
 
-def loss(network: Any, hidden: Tensor, prompt: Prompt, weight: Tensor, end: int) -> Tensor:
-    """Cross entropy of the answers, weighted by `[N, Q]`, and of the end of the chat behind them."""
+def answer_loss(network: Any, hidden: Tensor, prompt: Prompt, weight: Tensor) -> Tensor:
+    """Cross entropy of the answers, weighted by `[N, Q]`, and a tenth of that of the end of the chat behind them."""
     head = network.get_output_embeddings()
     answer = F.cross_entropy(head(hidden[:, prompt.asked]).flatten(0, 1), prompt.answers.flatten(), reduction="none")
     closing = head(hidden[:, prompt.asked + 1]).flatten(0, 1)
-    closed = F.cross_entropy(closing, torch.full((len(closing),), end))
+    closed = F.cross_entropy(closing, torch.full((len(closing),), network.generation_config.eos_token_id))
     return (answer * weight.flatten()).sum() / weight.sum() + 0.1 * closed
-
-
-__all__ = ["KINDS", "Prompt", "WorldGeometry", "build_network", "encode", "patches", "prompts", "word_tokenizer"]
