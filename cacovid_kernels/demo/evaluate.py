@@ -179,6 +179,7 @@ def _sample(
         batch.prompt.kind[mine],
         batch.prompt.offset[mine],
         batch.prompt.answers[rows, kind, None],
+        batch.prompt.tail,
     )
     pixels = batch.patches[rows].unflatten(-1, (3, -1)).transpose(2, 3).flatten(2).float() / 255
     return Sample(embeddings[rows], pixels, prompt, batch.truth[rows, kind], random[rows], network, config)

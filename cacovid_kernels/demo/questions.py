@@ -42,7 +42,7 @@ _TEMPLATES = (
     "which comes {which} the {colour} {shape} or the {colour2} {shape2}",
 )
 ANSWERS = (*COLOURS, *SHAPES, *PLACES, *DIRECTIONS)
-LABELS = (*COLOURS, *SHAPES, "glows")  # the words that can be said of what one token shows
+LABELS = (*COLOURS, *SHAPES, "glows", *PLACES)  # the words that can be said of what one token shows
 _STREAM_WORDS = 5
 _CHAT_WORDS = ("user", "assistant")
 
@@ -70,7 +70,7 @@ def ask(scenes: Scenes) -> Questions:
         [
             first_colour[:, BY_SHAPE],
             scenes.shape[:, BY_COLOUR] + len(COLOURS),
-            home // SIDE // 2 * 3 + home % SIDE // 2 + len(COLOURS) + len(SHAPES),
+            _region(home) + len(COLOURS) + len(SHAPES),
             scenes.direction[:, MOVING] + len(COLOURS) + len(SHAPES) + len(PLACES),
             scenes.colour[rows, GLOWING, glow],
             np.where(one_first ^ last, scenes.shape[:, ONE], scenes.shape[:, OTHER]) + len(COLOURS),
@@ -101,7 +101,7 @@ def ask(scenes: Scenes) -> Questions:
 
 
 def labels(scenes: Scenes) -> np.ndarray:
-    """`[N, T * CELLS, LABELS]` float32: 1 for the words that fit what each token shows, 0 for the others."""
+    """`[N, T * CELLS, LABELS]` float32: 1 for the words that fit what each token shows and where, 0 for the others."""
     n, _, frames = scenes.alive.shape
     top = scenes.top()
     out = np.zeros((n, frames, CELLS, len(LABELS)), np.float32)
@@ -109,8 +109,15 @@ def labels(scenes: Scenes) -> np.ndarray:
     m = top[i, t, cell]
     out[i, t, cell, scenes.colour[i, m, t]] = 1
     out[i, t, cell, len(COLOURS) + scenes.shape[i, m]] = 1
-    out[i, t, cell, -1] = scenes.glows[i, m, t]
+    out[i, t, cell, LABELS.index("glows")] = scenes.glows[i, m, t]
+    cells = np.arange(CELLS)
+    out[:, :, cells, LABELS.index(PLACES[0]) + _region(cells)] = 1
     return out.reshape(n, frames * CELLS, len(LABELS))
+
+
+def _region(cell: np.ndarray) -> np.ndarray:
+    """Which of PLACES a cell lies in."""
+    return cell // SIDE // 2 * 3 + cell % SIDE // 2
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -11,11 +11,11 @@ from cacovid_kernels.demo.world import COLOURS, SHAPES, SIDE, Scenes, uniforms
 CELL = 8  # pixels per side of a cell
 SIZE = SIDE * CELL
 
-_RGB = np.array(
+RGB = np.array(
     [(214, 40, 40), (240, 130, 20), (235, 215, 50), (40, 170, 60),
      (60, 205, 215), (45, 80, 215), (130, 50, 170), (240, 120, 190)]
 )  # fmt: skip
-_GLOW = 245
+GLOW = 245
 _SPRITES = (
     "###### ###### ###### ###### ###### ######",
     "###### ###### ##..## ##..## ###### ######",
@@ -54,8 +54,8 @@ def _atlas() -> tuple[np.ndarray, np.ndarray]:
     smooth = np.fft.ifft2(np.fft.fft2(noise) / frequency**fall).real
     smooth = (smooth - smooth.mean((1, 2), keepdims=True)) / smooth.std((1, 2), keepdims=True)
     levels = np.clip(128 + 48 * smooth, 0, 255).astype(np.uint8)
-    colours = _RGB[rng.integers(0, len(COLOURS), (64, CELL, CELL))]
-    return levels, np.where(rng.random((64, CELL, CELL, 1)) < 0.2, _GLOW, colours).astype(np.uint8)
+    colours = RGB[rng.integers(0, len(COLOURS), (64, CELL, CELL))]
+    return levels, np.where(rng.random((64, CELL, CELL, 1)) < 0.2, GLOW, colours).astype(np.uint8)
 
 
 def paint(scenes: Scenes) -> np.ndarray:
@@ -66,16 +66,16 @@ def paint(scenes: Scenes) -> np.ndarray:
 
     top = scenes.top()
     i, f, cell = np.nonzero(scenes.flicker & (top < 0))
-    tiles[i, f, cell // SIDE, :, cell % SIDE] = _atlas()[1][(i * 7 + f * 31 + cell * 13 + scenes.index[i]) % 64]
+    tiles[i, f, cell // SIDE, :, cell % SIDE] = _atlas()[1][(scenes.index[i] * 7 + f * 31 + cell * 13) % 64]
 
     u = uniforms(scenes.seed, scenes.index, scenes.shape.shape[1] * 4, _STREAM_PLACE).reshape(n, -1, 4)
-    look = _RGB * (0.86 + 0.14 * u[:, :, 0, None, None])  # [N, M, COLOURS, 3]: objects differ in brightness
+    look = RGB * (0.86 + 0.14 * u[:, :, 0, None, None])  # [N, M, COLOURS, 3]: objects differ in brightness
     shifts = (u[..., 1:3] * 3).astype(int)
     i, f, cell = np.nonzero(top >= 0)
     m = top[i, f, cell]
     sprite = SPRITES[scenes.shape[i, m], shifts[i, m, 0], shifts[i, m, 1]][..., None]
     under = tiles[i, f, cell // SIDE, :, cell % SIDE]
-    under = np.where(scenes.glows[i, m, f][:, None, None, None], np.uint8(_GLOW), under)
+    under = np.where(scenes.glows[i, m, f][:, None, None, None], np.uint8(GLOW), under)
     colour = look[i, m, scenes.colour[i, m, f]].astype(np.uint8)[:, None, None]
     tiles[i, f, cell // SIDE, :, cell % SIDE] = np.where(sprite, colour, under)
     return frames

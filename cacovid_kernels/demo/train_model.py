@@ -58,7 +58,8 @@ class TrainConfig:
         learning_rate: after `warmup` steps; falls linearly to zero over the last `decay` of all steps.
         weight_decay: on everything.
         min_keep: the smallest share of tokens kept; shares are uniform in their logarithm.
-        align: weight of the loss that ties video tokens to words.
+        align_steps: first steps, in which video tokens are tied to words and no question is asked.
+        align: weight of that tie afterwards.
         eval_every: steps between evaluations and checkpoints.
         eval_videos: held-out videos per evaluation.
     """
@@ -71,7 +72,8 @@ class TrainConfig:
     decay: float = 0.25
     weight_decay: float = 0.02
     min_keep: float = 0.02
-    align: float = 1.0
+    align_steps: int = 400
+    align: float = 0.5
     eval_every: int = 250
     eval_videos: int = 256
 
@@ -118,11 +120,11 @@ class Trainer:
         keep = self.draw_kept(batch, round(share * world.tokens), rng)
         seen = batch.truth.gather(2, keep[:, None].expand(-1, len(KINDS), -1)).any(2)
         video = encode(self.network, batch.patches, keep)
-        hidden = hidden_states(self.network, video, keep, world.tokens, batch.prompt)
-        weight = torch.where(seen, 1.0, NO_EVIDENCE)
-        loss = answer_loss(self.network, hidden, batch.prompt, weight) + config.align * self.alignment(
-            video, batch.labels.gather(1, keep[..., None].expand(-1, -1, len(LABELS)))
-        )
+        loss = self.alignment(video, batch.labels.gather(1, keep[..., None].expand(-1, -1, len(LABELS))))
+        if self.step >= config.align_steps:
+            hidden = hidden_states(self.network, video, keep, world.tokens, batch.prompt)
+            weight = torch.where(seen, 1.0, NO_EVIDENCE)
+            loss = config.align * loss + answer_loss(self.network, hidden, batch.prompt, weight)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         self.optimizer.zero_grad()
@@ -140,8 +142,8 @@ class Trainer:
         return score.topk(count).indices.sort(1).values
 
     def alignment(self, video: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of each word against what each token shows: a logit is ten times their product, less 3."""
-        logits = 10 * video @ self.network.get_input_embeddings().weight[self.labels].T - 3
+        """Cross entropy of each word against what each token shows: a logit is four times their product, less 3."""
+        logits = 4 * video @ self.network.get_input_embeddings().weight[self.labels].T - 3
         return 10 * F.binary_cross_entropy_with_logits(logits, labels)
 
     @torch.no_grad()
@@ -174,8 +176,9 @@ class Trainer:
         """One file, replaced in one step: weights, AdamW's moments, and as metadata the place in the run."""
         tensors = {name: parameter.detach() for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
-            state = self.optimizer.state[parameter]
-            tensors[f"{name}/first"], tensors[f"{name}/second"] = state["exp_avg"], state["exp_avg_sq"]
+            if state := self.optimizer.state[parameter]:  # none before the first gradient
+                tensors[f"{name}/first"], tensors[f"{name}/second"] = state["exp_avg"], state["exp_avg_sq"]
+                tensors[f"{name}/steps"] = state["step"]
         place = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
         save_file(tensors, self.folder / "checkpoint.part", {"place": json.dumps(place)})
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.safetensors")
@@ -196,11 +199,12 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(tensors[name])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(place["step"])),
-                    "exp_avg": tensors[f"{name}/first"],
-                    "exp_avg_sq": tensors[f"{name}/second"],
-                }
+                if f"{name}/steps" in tensors:
+                    self.optimizer.state[parameter] = {
+                        "step": tensors[f"{name}/steps"],
+                        "exp_avg": tensors[f"{name}/first"],
+                        "exp_avg_sq": tensors[f"{name}/second"],
+                    }
         self.step, self.seconds = place["step"], place["seconds"]
         # Lines behind the checkpoint are written again.
         lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()

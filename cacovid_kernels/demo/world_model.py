@@ -30,7 +30,7 @@ class WorldGeometry:
     key_value_heads: int = 2
     vision_width: int = 64
     vision_intermediate: int = 128
-    rope_theta: float = 1000.0  # prompts are a few hundred tokens long, and time is read from positions alone
+    rope_theta: float = 1e5
 
 
 def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
@@ -49,6 +49,7 @@ def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
             "rope_theta": geometry.rope_theta,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|im_end|>"],
+            "tie_word_embeddings": True,
         },
         vision_config={
             "model_type": "siglip_vision_model",
@@ -64,7 +65,7 @@ def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
         video_token_index=ids["<video>"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,  # what is looked up in a video token can be said at once
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -124,6 +125,7 @@ class Prompt:
     kind: Tensor  # [W] int64: the question that a word belongs to
     offset: Tensor  # [W] int64: its place behind the video
     answers: Tensor  # [N, Q] int64: words
+    tail: int  # words between the question's last one and the place of the answer
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ def prompts(questions: Questions, tokenizer: Any) -> Prompt:
             row += [*ids, int(answers[n, q])]
         blocks.append(row)
     before = torch.tensor([number[word] for word in BEFORE.replace(">", "> ").split()])
-    return Prompt(before, torch.tensor(blocks), torch.tensor(asked), torch.tensor(kind), torch.tensor(offset), answers)
+    return Prompt(
+        before, torch.tensor(blocks), torch.tensor(asked), torch.tensor(kind), torch.tensor(offset), answers, len(tails)
+    )
 
 
 def hidden_states(network: Any, video: Tensor, keep: Tensor, num_tokens: int, prompt: Prompt) -> Tensor:
@@ -203,9 +207,16 @@ def predict(network: Any, hidden: Tensor, prompt: Prompt) -> Tensor:
 
 
 def answer_loss(network: Any, hidden: Tensor, prompt: Prompt, weight: Tensor) -> Tensor:
-    """Cross entropy of the answers, weighted by `[N, Q]`, and a tenth of that of the end of the chat behind them."""
+    """Cross entropy of the answers, weighted by `[N, Q]`, and a tenth of that of the end of the chat behind them.
+
+    The answer is asked for twice: where it belongs, and already at the question's last word, from which it is one
+    step to the object named. That shorter way is learned first, and the longer one from it.
+    """
     head = network.get_output_embeddings()
-    answer = F.cross_entropy(head(hidden[:, prompt.asked]).flatten(0, 1), prompt.answers.flatten(), reduction="none")
+    target, weight = prompt.answers.flatten(), weight.flatten() / weight.sum()
+    total = hidden.new_zeros(())
+    for place in (prompt.asked, prompt.asked - prompt.tail):
+        logits = head(hidden[:, place]).flatten(0, 1)
+        total = total + (F.cross_entropy(logits, target, reduction="none") * weight).sum()
     closing = head(hidden[:, prompt.asked + 1]).flatten(0, 1)
-    closed = F.cross_entropy(closing, torch.full((len(closing),), network.generation_config.eos_token_id))
-    return (answer * weight.flatten()).sum() / weight.sum() + 0.1 * closed
+    return total + 0.1 * F.cross_entropy(closing, torch.full((len(closing),), network.generation_config.eos_token_id))
