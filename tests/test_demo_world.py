@@ -40,22 +40,21 @@ def answer(question, sights):
     if "glows" in words:
         found = [s for s in find(named[0]) if s[5]]
         return {s[3] for s in found}, found
-    if words[1] == "colour":
+    if "colour" in words:
         found = find(named[0])
         return {s[3] for s in found}, found
-    if words[1] == "shape":
+    if "comes" in words:
+        found = find(named[0])
+        return {min(found)[4] if "first" in words else max(found)[4]}, found
+    if "shape" in words:
         found = find(named[0])
         return {s[4] for s in found}, found
     if words[0] == "where":
         found = find(*named)
         return {PLACES[s[1] // 2 * 3 + s[2] // 2] for s in found}, found
-    if "way" in words:
-        found = find(*named)
-        steps = {(b[1] - a[1], b[2] - a[2]) for a, b in zip(found, found[1:], strict=False)}
-        return {DIRECTIONS[[tuple(step) for step in world.STEPS].index(step)] for step in steps}, found
-    one, other = find(*named[:2]), find(*named[2:])
-    first, last = (one, other) if one[0][0] < other[0][0] else (other, one)
-    return {(first if "first" in words else last)[0][4]}, one + other
+    found = find(named[0])
+    steps = {(b[1] - a[1], b[2] - a[2]) for a, b in zip(found, found[1:], strict=False)}
+    return {DIRECTIONS[[tuple(step) for step in world.STEPS].index(step)] for step in steps}, found
 
 
 def test_answers_and_truth_follow_from_what_is_seen(scenes):
@@ -87,10 +86,10 @@ def test_what_is_seen_is_what_is_painted(scenes):
     top = scenes.top()
     for i, t, c in list(zip(*np.nonzero(top >= 0), strict=True))[::29]:
         m, tile = top[i, t, c], tiles[i, t, c // SIDE, c % SIDE].reshape(-1, 3)
-        colours, counts = np.unique(tile, axis=0, return_counts=True)
-        shapes = scenery.SPRITES[scenes.shape[i, m]].reshape(9, -1)
-        # Some colour fills exactly one placement of the shape, and of all colours of the world it is the right one.
-        fits = [c for c, k in zip(colours, counts, strict=True) for s in shapes if ((tile == c).all(1) == s).all()]
+        colours = np.unique(tile, axis=0)
+        sprite = scenery.SPRITES[scenes.shape[i, m]].reshape(-1)
+        # Some colour fills exactly the shape, and of all colours of the world it is the right one.
+        fits = [colour for colour in colours if ((tile == colour).all(1) == sprite).all()]
         assert fits, (i, t, c)
         brightness = fits[0].astype(float) @ scenery.RGB.T / (scenery.RGB**2).sum(1)
         distance = np.abs(fits[0] - brightness[:, None] * scenery.RGB).max(1)

@@ -35,11 +35,11 @@ PLACES = (
 )  # fmt: skip
 _TEMPLATES = (
     "what colour is the {shape}",
-    "what shape is the {colour} thing",
+    "which shape is {colour}",
     "where is the {colour} {shape}",
-    "which way does the {colour} {shape} go",
+    "which way goes the {shape}",
     "what colour is the {shape} when it glows",
-    "which comes {which} the {colour} {shape} or the {colour2} {shape2}",
+    "which {colour} shape comes {which}",
 )
 ANSWERS = (*COLOURS, *SHAPES, *PLACES, *DIRECTIONS)
 LABELS = (*COLOURS, *SHAPES, "glows", *PLACES)  # the words that can be said of what one token shows
@@ -86,8 +86,6 @@ def ask(scenes: Scenes) -> Questions:
                 template.format(
                     shape=SHAPES[scenes.shape[i, m]],
                     colour=COLOURS[first_colour[i, m]],
-                    shape2=SHAPES[scenes.shape[i, OTHER]],
-                    colour2=COLOURS[first_colour[i, OTHER]],
                     which="last" if last[i] else "first",
                 )
             )

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from cacovid_kernels.demo.world import COLOURS, SHAPES, SIDE, Scenes, uniforms
+from cacovid_kernels.demo.world import COLOURS, SIDE, Scenes, uniforms
 
 CELL = 8  # pixels per side of a cell
 SIZE = SIDE * CELL
@@ -27,20 +27,11 @@ _SPRITES = (
     "..##.. ..##.. ..##.. ..##.. ..##.. ..##..",
 )
 _TEXTURES, _ATLAS = 16, 128
-_STREAM_LOOK, _STREAM_PLACE = 3, 4
+_STREAM_LOOK, _STREAM_BRIGHTNESS = 3, 4
 
 
-def _sprites() -> np.ndarray:
-    """`[shape, dy, dx, CELL, CELL]` bool: each shape at each of nine places in its cell."""
-    masks = np.array([[[c == "#" for c in row] for row in sprite.split()] for sprite in _SPRITES])
-    out = np.zeros((len(SHAPES), 3, 3, CELL, CELL), bool)
-    for dy in range(3):
-        for dx in range(3):
-            out[:, dy, dx, dy : dy + 6, dx : dx + 6] = masks
-    return out
-
-
-SPRITES = _sprites()
+# [shape, CELL, CELL] bool: each shape in the middle of its cell.
+SPRITES = np.pad([[[c == "#" for c in row] for row in sprite.split()] for sprite in _SPRITES], ((0, 0), (1, 1), (1, 1)))
 
 
 @lru_cache
@@ -68,12 +59,11 @@ def paint(scenes: Scenes) -> np.ndarray:
     i, f, cell = np.nonzero(scenes.flicker & (top < 0))
     tiles[i, f, cell // SIDE, :, cell % SIDE] = _atlas()[1][(scenes.index[i] * 7 + f * 31 + cell * 13) % 64]
 
-    u = uniforms(scenes.seed, scenes.index, scenes.shape.shape[1] * 4, _STREAM_PLACE).reshape(n, -1, 4)
-    look = RGB * (0.86 + 0.14 * u[:, :, 0, None, None])  # [N, M, COLOURS, 3]: objects differ in brightness
-    shifts = (u[..., 1:3] * 3).astype(int)
+    u = uniforms(scenes.seed, scenes.index, scenes.shape.shape[1], _STREAM_BRIGHTNESS)
+    look = RGB * (0.86 + 0.14 * u[:, :, None, None])  # [N, M, COLOURS, 3]: objects differ in brightness
     i, f, cell = np.nonzero(top >= 0)
     m = top[i, f, cell]
-    sprite = SPRITES[scenes.shape[i, m], shifts[i, m, 0], shifts[i, m, 1]][..., None]
+    sprite = SPRITES[scenes.shape[i, m]][..., None]
     under = tiles[i, f, cell // SIDE, :, cell % SIDE]
     under = np.where(scenes.glows[i, m, f][:, None, None, None], np.uint8(GLOW), under)
     colour = look[i, m, scenes.colour[i, m, f]].astype(np.uint8)[:, None, None]

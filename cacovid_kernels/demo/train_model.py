@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -57,7 +56,7 @@ class TrainConfig:
         batch: videos per step; each is asked one question of every kind.
         learning_rate: after `warmup` steps; falls linearly to zero over the last `decay` of all steps.
         weight_decay: on everything.
-        min_keep: the smallest share of tokens kept; shares are uniform in their logarithm.
+        min_keep: the smallest share of tokens kept; shares above it are squares of uniform numbers.
         align_steps: first steps, in which video tokens are tied to words and no question is asked.
         align: weight of that tie afterwards.
         eval_every: steps between evaluations and checkpoints.
@@ -116,7 +115,7 @@ class Trainer:
         batch = world_batch(
             TRAIN, range(self.step * config.batch, (self.step + 1) * config.batch), self.tokenizer, world
         )
-        share = math.exp(rng.uniform(math.log(config.min_keep), 0.0))
+        share = config.min_keep + (1 - config.min_keep) * rng.random() ** 2
         keep = self.draw_kept(batch, round(share * world.tokens), rng)
         seen = batch.truth.gather(2, keep[:, None].expand(-1, len(KINDS), -1)).any(2)
         video = encode(self.network, batch.patches, keep)

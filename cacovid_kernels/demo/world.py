@@ -2,7 +2,7 @@
 
 A video has a cast of objects on a grid of cells; one cell is one video token. Seven objects are asked about and
 can be named without doubt: by a shape or a colour that nobody else has, or by a pair of both. The others are
-clutter: they live as long, move, change colour and glow the same way, and share the named one's shape or colour.
+clutter: they live as long, move, change colour and glow the same way, and share the named one's other looks.
 Everything is a function of (seed, index); thousands of videos are drawn at once.
 """
 
@@ -124,9 +124,9 @@ def draw(seed: int, index: Sequence[int] | np.ndarray, config: WorldConfig = Wor
     colours = np.where(changes, _changing(colour[..., :1], u[..., 5], age), colour)
     glowing = (length * u[..., 6]).astype(np.int64)  # the age at which it glows
     glows = changes & (age == glowing[..., None]) & alive
-    for m in (BY_COLOUR, STANDING, MOVING, ONE, OTHER):  # nobody takes on the look by which these are named
+    for m in (BY_COLOUR, STANDING, ONE):  # nobody takes on the look by which these are named
         taken = colours == colour[:, m : m + 1]
-        if m != BY_COLOUR:
+        if m == STANDING:
             taken &= (shape == shape[:, m : m + 1])[..., None]
         colours = np.where(changes & taken, colour, colours)
     flicker = uniforms(seed, index, config.tokens, _STREAM_SCENERY) < config.flicker / CELLS
@@ -137,22 +137,21 @@ def _cast(u: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
     """Shapes `[N, M]` and first colours `[N, M, 1]`, so that each named object has a name of its own."""
     n = np.arange(len(u))
     shapes, colours = u[:, :8].argsort(1), u[:, 8:16].argsort(1)
-    # Shapes 0 and 1 and colour 0 have one owner; everybody else is a pair of the rest.
-    pairs = u[:, 16:58].argsort(1)  # [N, 42]
-    # The two whose order is asked for differ in shape: their shapes are the answers.
-    differs = pairs[:, 3:] // 7 != pairs[:, 2:3] // 7
-    other = 3 + differs.argmax(1)
-    pairs[n, 3], pairs[n, other] = pairs[n, other], pairs[n, 3]
-    pair = np.concatenate([pairs[:, :4], np.take_along_axis(pairs, 4 + (u[:, 80 + NAMED :] * 38).astype(int), 1)], 1)
+    # Shapes 0 to 2 and colour 0 have one owner, colour 1 has two; everybody else is a pair of the rest.
+    pairs = u[:, 16:46].argsort(1)  # [N, 30]
+    clutter = np.take_along_axis(pairs, 1 + (u[:, 80 + NAMED :] * 29).astype(int), 1)
     shape = np.empty((len(u), objects), np.int64)
     colour = np.empty((len(u), objects), np.int64)
-    shape[:, STANDING:] = np.take_along_axis(shapes, 2 + pair // 7, 1)
-    colour[:, STANDING:] = np.take_along_axis(colours, 1 + pair % 7, 1)
-    shape[:, BY_SHAPE], shape[:, GLOWING] = shapes[:, 0], shapes[:, 1]
-    shape[:, BY_COLOUR] = shapes[n, 2 + (u[:, 58] * 6).astype(int)]
-    colour[:, BY_SHAPE] = colours[n, 1 + (u[:, 59] * 7).astype(int)]
-    colour[:, GLOWING] = colours[n, 1 + (u[:, 60] * 7).astype(int)]
-    colour[:, BY_COLOUR] = colours[:, 0]
+    for m, pair in ((slice(STANDING, STANDING + 1), pairs[:, :1]), (slice(NAMED, None), clutter)):
+        shape[:, m] = np.take_along_axis(shapes, 3 + pair // 6, 1)
+        colour[:, m] = np.take_along_axis(colours, 2 + pair % 6, 1)
+    for word, m in enumerate((BY_SHAPE, GLOWING, MOVING)):
+        shape[:, m] = shapes[:, word]
+        colour[:, m] = colours[n, 2 + (u[:, 46 + m] * 6).astype(int)]
+    colour[:, BY_COLOUR], colour[:, ONE], colour[:, OTHER] = colours[:, 0], colours[:, 1], colours[:, 1]
+    others = u[:, 54:59].argsort(1)
+    for m in (BY_COLOUR, ONE, OTHER):
+        shape[:, m] = shapes[n, 3 + others[:, m % 3]]
     return shape, colour[..., None]
 
 
