@@ -24,7 +24,7 @@ from cacovid_kernels.compressors._keep import keep_largest
 from cacovid_kernels.demo.model import load_model
 from cacovid_kernels.demo.questions import KINDS
 from cacovid_kernels.demo.world import WorldConfig
-from cacovid_kernels.demo.world_model import Batch, Prompt, encode, hidden_states, predict, world_batch
+from cacovid_kernels.demo.world_model import Batch, Prompt, encode, hidden_states, predict, watch_attention, world_batch
 
 MODEL = Path(__file__).parent / "data" / "world_model"
 FRESH = 2  # seed of the world: neither that of training nor the one looked at during training
@@ -67,27 +67,10 @@ def attention(sample: Sample, count: int) -> Tensor:
 
 def last_query_and_keys(sample: Sample, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """Query `[B, H, D]` of the word that answers, keys `[B, K, L, D]` of the prompt up to it, video mask `[L]`."""
-    network, tokens = sample.network, sample.config.tokens
-    attention = network.model.language_model.layers[layer].self_attn
-    seen: dict[str, Any] = {}
-
-    def look(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
-        shape = (*hidden.shape[:-1], -1, module.head_dim)
-        cos, sin = (table.unsqueeze(1) for table in named["position_embeddings"])
-        rotated = []
-        for projection in (module.q_proj, module.k_proj):
-            x = projection(hidden).view(shape).transpose(1, 2)
-            half = x.shape[-1] // 2
-            rotated.append(x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin)
-        seen["query"], seen["keys"] = rotated
-
-    handle = attention.register_forward_pre_hook(look, with_kwargs=True)
+    tokens = sample.config.tokens
     keep = torch.arange(tokens).expand(len(sample.embeddings), -1)
-    try:
-        hidden_states(network, sample.embeddings, keep, tokens, sample.prompt)
-    finally:
-        handle.remove()
+    with watch_attention(sample.network, layer) as seen:
+        hidden_states(sample.network, sample.embeddings, keep, tokens, sample.prompt)
     lead = len(sample.prompt.before)
     asked = lead + tokens + 1 + int(sample.prompt.asked[0])
     mask = torch.zeros(asked + 1, dtype=torch.bool)

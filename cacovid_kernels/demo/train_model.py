@@ -4,7 +4,8 @@ Every batch draws how many tokens stay, from 2 % of the video to all of it; the 
 model and positions are kept, so that the finished model understands few tokens as well as many. What stays is
 random, except that the evidence for a random part of the questions always stays: else few tokens would teach
 guessing. A question without any of its evidence left has a tenth of the weight. A second loss ties the video tokens
-to the words for what they show, as the alignment stage of LLaVA does with captions.
+to the words for what they show, as the alignment stage of LLaVA does with captions, and a third one points one head
+from a question's last word to its evidence: both only shorten the time until the answers teach.
 
 Everything is a function of (seed, step): a run that is stopped and started again with the same command goes on as if
 nothing had happened, and ends in the same weights.
@@ -37,13 +38,16 @@ from cacovid_kernels.demo.world_model import (
     answer_loss,
     build_network,
     encode,
+    grounding_loss,
     hidden_states,
     predict,
+    watch_attention,
     world_batch,
 )
 
 TRAIN, HELD_OUT = 0, 1  # seeds of the world
 NO_EVIDENCE = 0.1
+GROUNDED_LAYER = 1
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,13 @@ class TrainConfig:
         seed: of the initial weights and of what is dropped.
         steps: of AdamW.
         batch: videos per step; each is asked one question of every kind.
-        learning_rate: after `warmup` steps; falls linearly to zero over the last `decay` of all steps.
+        learning_rate: after `warmup` steps of each stage; falls linearly to zero over the last `decay` of all steps.
         weight_decay: on everything.
         min_keep: the smallest share of tokens kept; above it, shares are a power of uniform numbers.
         short_steps: steps over which that power falls from 4 to 1.5.
         align_steps: first steps, in which video tokens are tied to words and no question is asked.
         align: weight of that tie afterwards.
+        ground: weight of the loss that points a question's last word to the evidence.
         eval_every: steps between evaluations and checkpoints.
         eval_videos: held-out videos per evaluation.
     """
@@ -68,13 +73,14 @@ class TrainConfig:
     steps: int = 16000
     batch: int = 16
     learning_rate: float = 2e-3
-    warmup: int = 100
+    warmup: int = 200
     decay: float = 0.25
     weight_decay: float = 0.02
     min_keep: float = 0.02
     short_steps: int = 6000
     align_steps: int = 200
     align: float = 0.5
+    ground: float = 0.5
     eval_every: int = 200
     eval_videos: int = 128
 
@@ -109,7 +115,8 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         left = (self.config.steps - step) / max(1.0, self.config.decay * self.config.steps)
-        return self.config.learning_rate * min(1.0, (step + 1) / self.config.warmup, left)
+        since = step - self.config.align_steps if step >= self.config.align_steps else step  # each stage warms up
+        return self.config.learning_rate * min(1.0, (since + 1) / self.config.warmup, left)
 
     def favour_few(self, step: int) -> float:
         """Power of the uniform number that says how many tokens stay: short prompts teach first, and cost less."""
@@ -123,13 +130,15 @@ class Trainer:
         )
         share = config.min_keep + (1 - config.min_keep) * rng.random() ** self.favour_few(self.step)
         keep = self.draw_kept(batch, round(share * world.tokens), rng)
-        seen = batch.truth.gather(2, keep[:, None].expand(-1, len(KINDS), -1)).any(2)
         video = encode(self.network, batch.patches, keep)
         loss = self.alignment(video, batch.labels.gather(1, keep[..., None].expand(-1, -1, len(LABELS))))
         if self.step >= config.align_steps:
-            hidden = hidden_states(self.network, video, keep, world.tokens, batch.prompt)
-            weight = torch.where(seen, 1.0, NO_EVIDENCE)
+            with watch_attention(self.network, GROUNDED_LAYER) as seen:
+                hidden = hidden_states(self.network, video, keep, world.tokens, batch.prompt)
+            truth = batch.truth.gather(2, keep[:, None].expand(-1, len(KINDS), -1))
+            weight = torch.where(truth.any(2), 1.0, NO_EVIDENCE)
             loss = config.align * loss + answer_loss(self.network, hidden, batch.prompt, weight)
+            loss = loss + config.ground * grounding_loss(seen, truth, batch.prompt)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         self.optimizer.zero_grad()

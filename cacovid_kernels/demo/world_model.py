@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,47 @@ def hidden_states(network: Any, video: Tensor, keep: Tensor, num_tokens: int, pr
         use_cache=False,
     )
     return output.last_hidden_state[:, prefix:]
+
+
+@contextmanager
+def watch_attention(network: Any, layer: int) -> Iterator[dict[str, Tensor]]:
+    """What a decoder layer (counted from 0) compares, once a forward pass inside the block is over.
+
+    `query` `[N, H, L, D]` and `keys` `[N, K, L, D]`, rotated and unscaled.
+    """
+    attention = network.model.language_model.layers[layer].self_attn
+    seen: dict[str, Tensor] = {}
+
+    def look(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
+        cos, sin = (table.unsqueeze(1) for table in named["position_embeddings"])
+        for name, projection in (("query", module.q_proj), ("keys", module.k_proj)):
+            x = projection(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            half = x.shape[-1] // 2
+            seen[name] = x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    handle = attention.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def grounding_loss(seen: dict[str, Tensor], truth: Tensor, prompt: Prompt) -> Tensor:
+    """How far the attention of each question's last word, in the first head of a layer, is from its evidence.
+
+    Args:
+        seen: from `watch_attention`.
+        truth: `[N, Q, k]` bool, the evidence among the tokens kept; a question without any does not count.
+        prompt: the questions.
+    """
+    lead, kept = len(prompt.before), truth.shape[-1]
+    prefix = lead + kept + 1
+    query = seen["query"][:, 0, prefix + prompt.asked - prompt.tail]  # [N, Q, D]
+    logits = query @ seen["keys"][:, 0, :prefix].transpose(-1, -2) * query.shape[-1] ** -0.5
+    target = truth / truth.sum(-1, keepdim=True).clamp(min=1)
+    counted = truth.any(-1).sum().clamp(min=1)
+    return -(target * logits.log_softmax(-1)[..., lead : lead + kept]).sum() / counted
 
 
 def predict(network: Any, hidden: Tensor, prompt: Prompt) -> Tensor:
