@@ -73,7 +73,7 @@ class TrainConfig:
     steps: int = 16000
     batch: int = 16
     learning_rate: float = 2e-3
-    warmup: int = 200
+    warmup: int = 100
     decay: float = 0.25
     weight_decay: float = 0.02
     min_keep: float = 0.02
@@ -81,8 +81,8 @@ class TrainConfig:
     align_steps: int = 200
     align: float = 0.5
     ground: float = 0.5
-    eval_every: int = 200
-    eval_videos: int = 128
+    eval_every: int = 100
+    eval_videos: int = 64
 
 
 class Trainer:
