@@ -4,8 +4,8 @@ Every batch draws how many tokens stay, from 2 % of the video to all of it; the 
 model and positions are kept, so that the finished model understands few tokens as well as many. What stays is
 random, except that the evidence for a random part of the questions always stays: else few tokens would teach
 guessing. A question without any of its evidence left has a tenth of the weight. A second loss ties the video tokens
-to the words for what they show, as the alignment stage of LLaVA does with captions, and a third one points one head
-from a question's last word to its evidence: both only shorten the time until the answers teach.
+to the words for what they show, as the alignment stage of LLaVA does with captions, and a third one points the
+attention of a question's last word to its evidence: both only shorten the time until the answers teach.
 
 Everything is a function of (seed, step): a run that is stopped and started again with the same command goes on as if
 nothing had happened, and ends in the same weights.
@@ -47,7 +47,7 @@ from cacovid_kernels.demo.world_model import (
 
 TRAIN, HELD_OUT = 0, 1  # seeds of the world
 NO_EVIDENCE = 0.1
-GROUNDED_LAYER = 1
+GROUNDED_LAYER = 2  # the third: the first two gather what the question says
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class WorldGeometry:
     width: int = 96
     intermediate: int = 192
     layers: int = 4
-    heads: int = 4
-    key_value_heads: int = 2
+    heads: int = 3
+    key_value_heads: int = 3
     vision_width: int = 64
     vision_intermediate: int = 128
     rope_theta: float = 1e5
@@ -227,20 +228,21 @@ def watch_attention(network: Any, layer: int) -> Iterator[dict[str, Tensor]]:
 
 
 def grounding_loss(seen: dict[str, Tensor], truth: Tensor, prompt: Prompt) -> Tensor:
-    """How far the attention of each question's last word, in the first head of a layer, is from its evidence.
+    """How far the attention of each question's last word in a layer, the mean over heads, is from its evidence.
 
     Args:
-        seen: from `watch_attention`.
+        seen: from `watch_attention`, as many keys as queries.
         truth: `[N, Q, k]` bool, the evidence among the tokens kept; a question without any does not count.
         prompt: the questions.
     """
     lead, kept = len(prompt.before), truth.shape[-1]
     prefix = lead + kept + 1
-    query = seen["query"][:, 0, prefix + prompt.asked - prompt.tail]  # [N, Q, D]
-    logits = query @ seen["keys"][:, 0, :prefix].transpose(-1, -2) * query.shape[-1] ** -0.5
+    query = seen["query"][:, :, prefix + prompt.asked - prompt.tail]  # [N, H, Q, D]
+    logits = query @ seen["keys"][:, :, :prefix].transpose(-1, -2) * query.shape[-1] ** -0.5
+    # The mean of probabilities, not of logarithms: one head per kind of name is enough.
+    attention = logits.log_softmax(-1)[..., lead : lead + kept].logsumexp(1) - math.log(query.shape[1])
     target = truth / truth.sum(-1, keepdim=True).clamp(min=1)
-    counted = truth.any(-1).sum().clamp(min=1)
-    return -(target * logits.log_softmax(-1)[..., lead : lead + kept]).sum() / counted
+    return -(target * attention).sum() / truth.any(-1).sum().clamp(min=1)
 
 
 def predict(network: Any, hidden: Tensor, prompt: Prompt) -> Tensor:
