@@ -39,7 +39,7 @@ _TEMPLATES = (
     "where is the {colour} {shape}",
     "which way goes the {shape}",
     "what colour is the {shape} when it glows",
-    "which {colour} shape comes {which}",
+    "which comes {which} in {colour}",
 )
 ANSWERS = (*COLOURS, *SHAPES, *PLACES, *DIRECTIONS)
 LABELS = (*COLOURS, *SHAPES, "glows", *PLACES)  # the words that can be said of what one token shows

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from cacovid_kernels.demo.world_model import (
 
 TRAIN, HELD_OUT = 0, 1  # seeds of the world
 NO_EVIDENCE = 0.1
-GROUNDED_LAYER = 2  # the third: the first two gather what the question says
+GROUNDED_LAYERS = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Trainer:
         video = encode(self.network, batch.patches, keep)
         loss = self.alignment(video, batch.labels.gather(1, keep[..., None].expand(-1, -1, len(LABELS))))
         if self.step >= config.align_steps:
-            with watch_attention(self.network, GROUNDED_LAYER) as seen:
+            with ExitStack() as stack:
+                seen = [stack.enter_context(watch_attention(self.network, layer)) for layer in GROUNDED_LAYERS]
                 hidden = hidden_states(self.network, video, keep, world.tokens, batch.prompt)
             truth = batch.truth.gather(2, keep[:, None].expand(-1, len(KINDS), -1))
             weight = torch.where(truth.any(2), 1.0, NO_EVIDENCE)
@@ -156,8 +158,8 @@ class Trainer:
         return score.topk(count).indices.sort(1).values
 
     def alignment(self, video: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of each word against what each token shows: a logit is four times their product, less 3."""
-        logits = 4 * video @ self.network.get_input_embeddings().weight[self.labels].T - 3
+        """Cross entropy of each word against what each token shows: a logit is their product, less 3."""
+        logits = video @ self.network.get_input_embeddings().weight[self.labels].T - 3
         return 10 * F.binary_cross_entropy_with_logits(logits, labels)
 
     @torch.no_grad()

@@ -79,8 +79,13 @@ def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
             torch.nn.init.zeros_(parameter)
         for unused in (tower.encoder.layers[0].self_attn, tower.encoder.layers[0].layer_norm1, tower.post_layernorm):
             unused.requires_grad_(False)
-        # Words and what shows them meet in one space from the first step on.
+        # Words and what shows them meet in one space, and attention begins by comparing in it: a word looks at what
+        # shows it before anything is learned.
         torch.nn.init.normal_(network.get_input_embeddings().weight, std=0.2)
+        for layer in network.model.language_model.layers:
+            torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=geometry.width**-0.5)
+            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
+        torch.nn.init.constant_(network.model.language_model.norm.weight, 0.25)  # else a word would answer itself
     network.generation_config = transformers.GenerationConfig(
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|im_end|>"]
     )
@@ -227,18 +232,19 @@ def watch_attention(network: Any, layer: int) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-def grounding_loss(seen: dict[str, Tensor], truth: Tensor, prompt: Prompt) -> Tensor:
-    """How far the attention of each question's last word in a layer, the mean over heads, is from its evidence.
+def grounding_loss(seen: Sequence[dict[str, Tensor]], truth: Tensor, prompt: Prompt) -> Tensor:
+    """How far the attention of each question's last word, the mean over all heads, is from its evidence.
 
     Args:
-        seen: from `watch_attention`, as many keys as queries.
+        seen: of several layers, from `watch_attention`; as many keys as queries.
         truth: `[N, Q, k]` bool, the evidence among the tokens kept; a question without any does not count.
         prompt: the questions.
     """
     lead, kept = len(prompt.before), truth.shape[-1]
     prefix = lead + kept + 1
-    query = seen["query"][:, :, prefix + prompt.asked - prompt.tail]  # [N, H, Q, D]
-    logits = query @ seen["keys"][:, :, :prefix].transpose(-1, -2) * query.shape[-1] ** -0.5
+    query = torch.cat([layer["query"][:, :, prefix + prompt.asked - prompt.tail] for layer in seen], 1)  # [N, H, Q, D]
+    keys = torch.cat([layer["keys"][:, :, :prefix] for layer in seen], 1)
+    logits = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
     # The mean of probabilities, not of logarithms: one head per kind of name is enough.
     attention = logits.log_softmax(-1)[..., lead : lead + kept].logsumexp(1) - math.log(query.shape[1])
     target = truth / truth.sum(-1, keepdim=True).clamp(min=1)
