@@ -79,12 +79,14 @@ def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
             torch.nn.init.zeros_(parameter)
         for unused in (tower.encoder.layers[0].self_attn, tower.encoder.layers[0].layer_norm1, tower.post_layernorm):
             unused.requires_grad_(False)
-        # Words and what shows them meet in one space, and attention begins by comparing in it: a word looks at what
-        # shows it before anything is learned.
+        # Words and what shows them meet in one space, and attention begins by comparing and copying in it: a word
+        # looks at what shows it, and says what else that shows, before anything is learned.
         torch.nn.init.normal_(network.get_input_embeddings().weight, std=0.2)
         for layer in network.model.language_model.layers:
             torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=geometry.width**-0.5)
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
+            torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+            layer.self_attn.o_proj.weight.data.copy_(0.5 * layer.self_attn.v_proj.weight.T)
         torch.nn.init.constant_(network.model.language_model.norm.weight, 0.25)  # else a word would answer itself
     network.generation_config = transformers.GenerationConfig(
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|im_end|>"]
