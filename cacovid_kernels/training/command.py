@@ -7,10 +7,12 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from cacovid_kernels.demo.evaluate import MODEL
 from cacovid_kernels.demo.model import load_model
 from cacovid_kernels.training.config import TrainConfig
-from cacovid_kernels.training.data import FileRows
+from cacovid_kernels.training.data import FileRows, Rows
 from cacovid_kernels.training.trainer import Trainer
+from cacovid_kernels.training.world import WORLD, WorldRows
 
 
 def run_train(path: Path) -> int:
@@ -21,8 +23,12 @@ def run_train(path: Path) -> int:
     """
     logging.set_verbosity_error()
     config = TrainConfig.from_file(path)
-    rows = FileRows(config.data, video_root=config.video_root, num_frames=config.num_frames)
-    trainer = Trainer(config, load_model(config.model), rows)
+    if config.data == WORLD:
+        rows: Rows = WorldRows()
+    else:
+        rows = FileRows(config.data, video_root=config.video_root, num_frames=config.num_frames)
+    model = load_model(str(MODEL) if config.model == WORLD else config.model)
+    trainer = Trainer(config, model, rows)
     try:
         trainer.train()
     except FloatingPointError as error:

@@ -1,0 +1,40 @@
+"""The procedural world as a data set: every row a video of its own and one question about it."""
+
+from __future__ import annotations
+
+from cacovid_kernels.demo.questions import ANSWERS, KINDS, ask
+from cacovid_kernels.demo.scenery import paint
+from cacovid_kernels.demo.world import WorldConfig, draw
+from cacovid_kernels.training.data import Sample
+
+POLICY_SEED = 3  # of the world: neither the model's training nor any evaluation draws from it
+WORLD = "world"  # what a configuration calls this data set, and the frozen model that lives in it
+
+
+class WorldRows:
+    """Videos drawn from the procedural world when they are asked for; the kinds of questions take turns.
+
+    Args:
+        size: how many rows there are to be.
+        seed: of the world.
+        config: size of the world.
+
+    Example:
+        >>> from cacovid_kernels.training.world import WorldRows
+        >>> WorldRows(6)[0].frames.shape
+        (8, 48, 48, 3)
+    """
+
+    def __init__(self, size: int = 1_000_000, seed: int = POLICY_SEED, config: WorldConfig = WorldConfig()) -> None:
+        self.size, self.seed, self.config = size, seed, config
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int, /) -> Sample:
+        if not 0 <= i < self.size:
+            raise IndexError(f"WorldRows: row {i} must be in [0, {self.size}).")
+        scenes = draw(self.seed, [i], self.config)
+        questions, kind = ask(scenes), i % len(KINDS)
+        answer = ANSWERS[int(questions.answers[0, kind])]
+        return Sample(f"{KINDS[kind]} {i} of world {self.seed}", paint(scenes)[0], questions.words[0][kind], answer)
