@@ -17,7 +17,7 @@ class WorldRows:
     Args:
         size: how many rows there are to be.
         seed: of the world.
-        config: size of the world.
+        config: size of the world; the default one when absent.
 
     Example:
         >>> from cacovid_kernels.training.world import WorldRows
@@ -25,8 +25,8 @@ class WorldRows:
         (8, 48, 48, 3)
     """
 
-    def __init__(self, size: int = 1_000_000, seed: int = POLICY_SEED, config: WorldConfig = WorldConfig()) -> None:
-        self.size, self.seed, self.config = size, seed, config
+    def __init__(self, size: int = 1_000_000, seed: int = POLICY_SEED, config: WorldConfig | None = None) -> None:
+        self.size, self.seed, self.config = size, seed, config or WorldConfig()
 
     def __len__(self) -> int:
         return self.size
