@@ -35,6 +35,10 @@ PYBIND11_MODULE(_C, m) {
 #if defined(CACOVID_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda", "CUDA kernels.");
   cuda.attr("architectures") = CACOVID_CUDA;
+  cuda.def("versions", [] {
+    const cacovid::cuda::Versions v = cacovid::cuda::versions();
+    return pybind11::make_tuple(v.driver, v.runtime);
+  });
   cacovid::python::bind_cuda_combinations(cuda);
   cacovid::python::bind_cuda_gather(cuda);
   cacovid::python::bind_cuda_paged(cuda);

@@ -153,7 +153,7 @@ def built_for(monkeypatch):
     """Pretends that the module has kernels for these architectures, on a machine with this GPU."""
 
     def set_them(architectures: str | None, capability: tuple[int, int] | None = None) -> None:
-        kernels = architectures and SimpleNamespace(architectures=architectures)
+        kernels = architectures and SimpleNamespace(architectures=architectures, versions=lambda: (13000, 13000))
         monkeypatch.setattr(cuda, "_kernels", kernels or None)
         monkeypatch.setattr(cuda, "EMULATED", architectures == "emulated")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
@@ -161,6 +161,17 @@ def built_for(monkeypatch):
 
     monkeypatch.setattr(native, "unavailable", "")
     return set_them
+
+
+def test_cuda_wants_a_driver_of_its_major_version(built_for, monkeypatch):
+    built_for("90", (9, 0))
+    monkeypatch.setattr(cuda._kernels, "versions", lambda: (12080, 13000))
+    assert cuda.unavailable("cuda") == (
+        "the module was built with CUDA 13, the driver serves 12.8. "
+        "Install a newer driver, or build with an older toolkit."
+    )
+    monkeypatch.setattr(cuda._kernels, "versions", lambda: (13010, 13020))
+    assert cuda.unavailable("cuda") == ""
 
 
 @pytest.mark.parametrize(

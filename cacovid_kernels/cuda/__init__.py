@@ -36,6 +36,13 @@ def unavailable(device_type: str | None = None) -> str:
         return "torch sees no CUDA device. Install a CUDA build of torch and a driver, or use backend 'cpu'."
     if device_type not in (None, "cuda"):
         return f"it runs on CUDA tensors, not on {device_type!r}. Move them to a GPU, or use 'auto'."
+    driver, runtime = _kernels.versions()
+    if driver // 1000 < runtime // 1000:
+        served = f"{driver // 1000}.{driver % 1000 // 10}"
+        return (
+            f"the module was built with CUDA {runtime // 1000}, the driver serves {served}. "
+            f"Install a newer driver, or build with an older toolkit."
+        )
     return unsupported(_kernels.architectures, torch.cuda.get_device_capability())
 
 

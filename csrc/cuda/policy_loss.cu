@@ -13,12 +13,20 @@ constexpr int word_tokens = 32;
 int64_t words_of(int64_t tokens) { return (tokens + word_tokens - 1) / word_tokens; }
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// One element of any float type.
-__device__ __forceinline__ double load_wide(const void* data, DType dtype, int64_t at) {
-  if (dtype == DType::f32) return static_cast<double>(__ldg(static_cast<const float*>(data) + at));
-  if (dtype == DType::f64) return __ldg(static_cast<const double*>(data) + at);
-  const uint16_t bits = __ldg(static_cast<const uint16_t*>(data) + at);
-  return static_cast<double>(dtype == DType::bf16 ? load_float(bf16_t{bits}) : load_float(f16_t{bits}));
+// One element of any float type: its bits, and the number they are. Apart, so that several loads are in flight.
+__device__ __forceinline__ uint64_t load_any(const void* data, DType dtype, int64_t at) {
+  if (dtype == DType::f32) return __ldg(static_cast<const uint32_t*>(data) + at);
+  if (dtype == DType::f64) return __ldg(static_cast<const uint64_t*>(data) + at);
+  return __ldg(static_cast<const uint16_t*>(data) + at);
+}
+__device__ __forceinline__ double number_of(uint64_t bits, DType dtype) {
+  double wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  const uint16_t half = static_cast<uint16_t>(bits);
+  const float narrow = dtype == DType::f32    ? bits_to_float(static_cast<uint32_t>(bits))
+                       : dtype == DType::bf16 ? load_float(bf16_t{half})
+                                              : load_float(f16_t{half});
+  return dtype == DType::f64 ? wide : static_cast<double>(narrow);
 }
 
 // ---- masks to words -----------------------------------------------------------------------------
@@ -116,7 +124,7 @@ __global__ void __launch_bounds__(weight_warps* warp_lanes) weights_kernel(const
 }
 
 __device__ __forceinline__ double load_reward(const SumParams& p, int64_t video, int64_t g) {
-  return load_wide(p.rewards, p.reward_type, video * p.video_stride + g * p.stride);
+  return number_of(load_any(p.rewards, p.reward_type, video * p.video_stride + g * p.stride), p.reward_type);
 }
 
 // What a combination adds to the sums of a token that it keeps and of one that it drops.
@@ -200,10 +208,16 @@ struct Odds {
         stride(t.strides[1]),
         pair_stride(t.strides[2]) {}
 
-  __device__ __forceinline__ double load(int64_t video, int64_t token) const {
+  struct Bits {
+    uint64_t keep, drop;
+  };
+  __device__ __forceinline__ Bits load(int64_t video, int64_t token) const {
     const int64_t at = video * video_stride + token * stride;
-    const double x = load_wide(data, dtype, at);
-    return pairs ? load_wide(data, dtype, at + pair_stride) - x : x;
+    return {load_any(data, dtype, pairs ? at + pair_stride : at), pairs ? load_any(data, dtype, at) : 0};
+  }
+  __device__ __forceinline__ double of(Bits bits) const {
+    const double keep = number_of(bits.keep, dtype);
+    return pairs ? keep - number_of(bits.drop, dtype) : keep;
   }
 };
 
@@ -248,8 +262,8 @@ __global__ void __launch_bounds__(loss_threads) loss_kernel(const __grid_constan
     for (int row = 0; row < (WithDivergence ? policy_sums_rows : kept_weight); ++row) {
       sums[row] = __ldg(p.sums + (video * policy_sums_rows + row) * p.tokens + token);
     }
-    const PolicyTerm term =
-        policy_term<WithDivergence>(p.odds.load(video, token), p.old_odds.load(video, token), sums, p.rule);
+    const Odds::Bits bits = p.odds.load(video, token), old_bits = p.old_odds.load(video, token);
+    const PolicyTerm term = policy_term<WithDivergence>(p.odds.of(bits), p.old_odds.of(old_bits), sums, p.rule);
     loss = term.loss;
     const double gradient = term.gradient * p.scale;
     const int64_t to = video * p.tokens + token;

@@ -14,6 +14,13 @@ struct Stream {
 
 const char* error_text(int error);
 
+// Of CUDA, 1000 * major + 10 * minor: what the installed driver serves, 0 without one, and what this library needs a
+// driver of the same major version for.
+struct Versions {
+  int driver, runtime;
+};
+Versions versions();
+
 // ---- sample -------------------------------------------------------------------------------------
 // As cpu::gumbel_topk, in one launch. `added_steps`, an int64 on the device or null, is added to the key's step modulo
 // 2^32. Log-probabilities agree to about float32's precision.
