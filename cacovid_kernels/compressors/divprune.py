@@ -27,6 +27,8 @@ def divprune(features: Tensor, num_tokens: int, *, order: str = "index") -> Tens
         ValueError: a shape, a count or `order` does not fit.
 
     Example:
+        >>> import torch
+        >>> from cacovid_kernels.compressors import divprune
         >>> divprune(torch.randn(8, 49, 32), 39).shape
         torch.Size([39])
 

@@ -23,6 +23,8 @@ def evs(features: Tensor, num_tokens: int) -> Tensor:
         ValueError: a shape or a count does not fit.
 
     Example:
+        >>> import torch
+        >>> from cacovid_kernels.compressors import evs
         >>> evs(torch.randn(8, 49, 32), 98).shape
         torch.Size([98])
 

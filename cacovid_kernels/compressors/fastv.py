@@ -25,6 +25,8 @@ def fastv(query: Tensor, keys: Tensor, video_mask: Tensor, num_tokens: int) -> T
         ValueError: a shape or a count does not fit.
 
     Example:
+        >>> import torch
+        >>> from cacovid_kernels.compressors import fastv
         >>> mask = torch.arange(120) < 98
         >>> fastv(torch.randn(4, 16), torch.randn(2, 120, 16), mask, 10).shape
         torch.Size([10])

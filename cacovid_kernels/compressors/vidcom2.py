@@ -29,6 +29,8 @@ def vidcom2(features: Tensor, num_tokens: int) -> Tensor:
         ValueError: a shape or a count does not fit.
 
     Example:
+        >>> import torch
+        >>> from cacovid_kernels.compressors import vidcom2
         >>> vidcom2(torch.randn(8, 49, 32), 98).shape
         torch.Size([98])
 

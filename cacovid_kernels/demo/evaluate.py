@@ -26,7 +26,6 @@ from cacovid_kernels.demo.questions import KINDS
 from cacovid_kernels.demo.world import WorldConfig
 from cacovid_kernels.demo.world_model import Batch, Prompt, encode, hidden_states, predict, watch_attention, world_batch
 
-MODEL = Path(__file__).parent / "data" / "world_model"
 FRESH = 2  # seed of the world: neither that of training nor the one looked at during training
 RATIOS = (0.25, 0.2, 0.15, 0.1, 0.05, 0.02)
 FASTV_LAYER = 1  # counted from 0: attention of the second layer, the published default
@@ -233,7 +232,7 @@ def table(scores: dict[tuple[str, float], Score]) -> str:
 def main() -> int:
     """Evaluate the shipped model, or one in `--model`, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m cacovid_kernels.demo.evaluate", description=__doc__)
-    parser.add_argument("--model", default=str(MODEL), metavar="DIR")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the `model` folder of a training run")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--count", type=int, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=FRESH)

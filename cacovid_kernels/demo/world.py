@@ -142,9 +142,9 @@ def _cast(u: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:
     clutter = np.take_along_axis(pairs, 1 + (u[:, 80 + NAMED :] * 29).astype(int), 1)
     shape = np.empty((len(u), objects), np.int64)
     colour = np.empty((len(u), objects), np.int64)
-    for m, pair in ((slice(STANDING, STANDING + 1), pairs[:, :1]), (slice(NAMED, None), clutter)):
-        shape[:, m] = np.take_along_axis(shapes, 3 + pair // 6, 1)
-        colour[:, m] = np.take_along_axis(colours, 2 + pair % 6, 1)
+    for some, pair in ((slice(STANDING, STANDING + 1), pairs[:, :1]), (slice(NAMED, None), clutter)):
+        shape[:, some] = np.take_along_axis(shapes, 3 + pair // 6, 1)
+        colour[:, some] = np.take_along_axis(colours, 2 + pair % 6, 1)
     for word, m in enumerate((BY_SHAPE, GLOWING, MOVING)):
         shape[:, m] = shapes[:, word]
         colour[:, m] = colours[n, 2 + (u[:, 46 + m] * 6).astype(int)]

@@ -81,7 +81,7 @@ def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
             unused.requires_grad_(False)
         # Words and what shows them meet in one space, and attention begins by comparing and copying in it: a word
         # looks at what shows it, and says what else that shows, before anything is learned.
-        torch.nn.init.normal_(network.get_input_embeddings().weight, std=0.2)
+        torch.nn.init.normal_(network.model.language_model.embed_tokens.weight, std=0.2)
         for layer in network.model.language_model.layers:
             torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=geometry.width**-0.5)
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
@@ -147,7 +147,7 @@ class Batch:
     labels: Tensor  # [N, T * SIDE * SIDE, LABELS] float32: what each token shows
 
 
-def world_batch(seed: int, index: Sequence[int], tokenizer: Any, config: WorldConfig) -> Batch:
+def world_batch(seed: int, index: Sequence[int] | np.ndarray, tokenizer: Any, config: WorldConfig) -> Batch:
     """Draw, render and ask about the videos (seed, index)."""
     scenes = draw(seed, index, config)
     questions = ask(scenes)
@@ -159,7 +159,8 @@ def prompts(questions: Questions, tokenizer: Any) -> Prompt:
     """Tokenize all questions about each video; a question's kind fixes its length."""
     number = tokenizer.get_vocab()
     unknown = tokenizer.unk_token_id
-    blocks, kind, offset, asked = [], [], [], []
+    blocks, kind, asked = [], [], []
+    offset: list = []
     tails = AFTER.format(question="").replace("<", " <").replace(">", "> ").split()
     answers = torch.tensor([number[word] for word in ANSWERS])[torch.from_numpy(questions.answers)]
     for n, line in enumerate(questions.words):
