@@ -4,8 +4,7 @@
 // For 32 frames of 196 tokens, 23 samples, 25 groups of up to 8: 32 + 1 blocks, each of which holds all its samples in
 // one round, 8 lanes apiece. What takes time is one chain: the load of the scores, the ranking (four barriers, some 40
 // reads of shared memory), a division for every group that is capped (3 to 9 as a rule), ten rounds of Philox for the
-// tokens of a group, 7 exchanges between lanes. By the latencies of an H200 that is about 6,000 cycles, 3 to 4 us
-// beside the launch.
+// tokens of a group, 7 exchanges between lanes.
 #include "combination_draws.cuh"
 #include "scores.cuh"
 
