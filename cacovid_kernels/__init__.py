@@ -12,7 +12,7 @@ from cacovid_kernels.ops.policy_loss import CombinationSums, combination_policy_
 from cacovid_kernels.ops.repack import repack_kv
 from cacovid_kernels.ops.sample import GumbelSample, gumbel_topk, pl_log_prob
 from cacovid_kernels.ops.score import PolicyHead, score_tokens
-from cacovid_kernels.ops.select import allocate_budget, segmented_topk, select_tokens
+from cacovid_kernels.ops.select import allocate_budget, segmented_topk, select_tokens, topk_tokens
 from cacovid_kernels.policy import CompressionPolicy, PolicyConfig
 from cacovid_kernels.selection import Selection, Status
 
@@ -45,5 +45,6 @@ __all__ = [
     "score_tokens",
     "segmented_topk",
     "select_tokens",
+    "topk_tokens",
     "use_backend",
 ]

@@ -51,6 +51,18 @@ def kept_positions(indices: Tensor, lengths: Sequence[int], grid_thw: Sequence[t
     return torch.cat(parts, 1)
 
 
+def frames_of(indices: Tensor, lengths: Sequence[int], grid_thw: Sequence[tuple[int, int, int]]) -> Tensor:
+    """`[K]` int64: the frame, counted over all videos, of every kept token."""
+    sizes = {h * w for _, h, w in grid_thw}
+    if len(sizes) == 1:
+        return indices // sizes.pop()
+    parts, token, frame = [indices.new_empty(0)], 0, 0
+    for kept, (t, h, w) in zip(indices.split(list(lengths)), grid_thw, strict=True):
+        parts.append((kept - token) // (h * w) + frame)
+        token, frame = token + t * h * w, frame + t
+    return torch.cat(parts)
+
+
 def _bits_of_rows(status: Tensor) -> Tensor:
     """`[R, T]` -> `[R]`: the bits that any entry of a row has. torch has no reduction by OR."""
     return reduce(or_, ((status & flag.value).amax(1) for flag in Status if flag))

@@ -262,9 +262,24 @@ def test_plain_draws_are_ordered(scene):
     for sampler, rows in (("gumbel", FRAMES), ("gumbel_video", 1)):
         draw = SAMPLERS[sampler](scene, 0.125, 3, toy_config("", sampler=sampler))
         drawn = draw.terms["token"].actions
-        assert drawn.shape == (16, rows, 8 // rows)
+        assert drawn.shape == (11, rows, 8 // rows)
         flat = drawn + torch.arange(rows)[:, None] * (TOKENS // rows)
-        assert torch.equal(flat.flatten(1).sort(1).values, draw.kept)
+        assert torch.equal(flat.flatten(1).sort(1).values, draw.kept[draw.rows["token"]])
+
+
+@pytest.mark.parametrize("ratio, count", [(0.125, 1), (0.5, 2)])
+def test_plain_draws_of_frames(ratio, count, scene):
+    draw = SAMPLERS["gumbel_video"](scene, ratio, 3, toy_config("", sampler="gumbel_video", num_frame=60))
+    frames = draw.terms["frame"].actions
+    assert frames.shape == (60, 1, count)
+    assert {frame for row in frames[:, 0].tolist() for frame in row} == set(range(FRAMES))
+    per_frame = SIDE * SIDE
+    for kept, some in zip(draw.kept[draw.rows["frame"]], frames[:, 0].sort(1).values.tolist(), strict=True):
+        inside = [t * per_frame + i for t in some for i in range(per_frame)]
+        peaks = density_peaks(scene.features[inside], kept.numel())
+        assert kept.tolist() == [inside[i] for i in peaks]
+    tokens = draw.terms["token"].actions[:, 0, 0] // per_frame
+    assert not torch.equal(tokens, frames[: len(tokens), 0, 0])  # noise of their own
 
 
 # ---- loss ---------------------------------------------------------------------------------------
@@ -317,15 +332,18 @@ def test_loss_over_several_draws(scene):
 
 @pytest.mark.parametrize("sampler", ["gumbel", "gumbel_video"])
 def test_loss_of_ordered_draws_raises_what_was_rewarded(sampler, scene):
-    config, memory = toy_config("", sampler=sampler), Memory(0.125)
+    config, memory = toy_config("", sampler=sampler, num_frame=20), Memory(0.125)
     for step, ratio in enumerate((0.125, 0.25)):
         draw = SAMPLERS[sampler](scene, ratio, step, config)
-        earned = (draw.kept == draw.kept[0, 0]).any(1).float()  # who keeps this token
+        wanted, frame = draw.kept[0, 0], draw.terms["frame"].actions[0, 0, 0]
+        earned = (draw.kept == wanted).any(1).float()  # who keeps this token
+        earned[draw.rows["frame"]] = (draw.terms["frame"].actions == frame).any(-1).any(-1).float()
         memory.add(draw, earned, earned.tolist())
     old = PolicyScores(scene.tokens, scene.frames, torch.zeros(3))
-    tokens = scene.tokens.clone().requires_grad_()
-    sample_loss(old._replace(tokens=tokens), old, memory, config).backward()
-    assert int(tokens.grad.argmin()) == int(draw.kept[0, 0]) or tokens.grad[draw.kept[0, 0]] < 0
+    tokens, frames = (x.clone().requires_grad_() for x in old[:2])
+    sample_loss(PolicyScores(tokens, frames, old.modes), old, memory, config).backward()
+    assert tokens.grad[wanted] < 0
+    assert frames.grad[frame] < 0
 
 
 # ---- rollout and rewards ------------------------------------------------------------------------

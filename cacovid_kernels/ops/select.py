@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from cacovid_kernels.ops._checks import (
 )
 from cacovid_kernels.ops._kept import check_tokens, select_kept
 from cacovid_kernels.ops.gather import gather_tokens
-from cacovid_kernels.selection import Layout, Selection, raise_if_flagged, status_of_videos
+from cacovid_kernels.selection import Layout, Selection, frames_of, raise_if_flagged, status_of_videos
 
 _BUDGET = (
     "SymInt[] grid_thw, SymInt[] num_keep, float? keep_ratio, float importance_ratio, "
@@ -237,6 +238,67 @@ def _rows_of_frames(scores: Tensor, grid: Grid) -> Tensor:
     if scores.dim() == 1 or all(h * w == scores.shape[-1] for _, h, w in grid):
         return scores
     return scores.reshape(-1)
+
+
+def topk_tokens(
+    token_scores: Tensor,
+    grid_thw: Sequence[Sequence[int]] | Tensor | None = None,
+    *,
+    keep_ratio: float | None = None,
+    num_tokens: int | Sequence[int] | None = None,
+    order: str = "index",
+    check: str = "flag",
+) -> Selection:
+    """Chooses the best tokens of every whole video, without a budget per frame: a frame may give all or none.
+
+    What a policy means that was trained by draws from the whole video (`sampler="gumbel_video"`), and any scorer whose
+    scores compare across frames.
+
+    Args:
+        token_scores: `[N]` packed over all videos, `[T, P]` or `[B, T, P]`; float32, bfloat16 or float16,
+            larger = kept first. Ties go to the lower index, NaN ranks last.
+        grid_thw: (frames, rows, columns) per video after any spatial merge, on the host. Not needed for
+            dense scores.
+        keep_ratio: share of tokens kept, in (0, 1]; floor(keep_ratio * tokens), at least one, are kept.
+        num_tokens: tokens kept per video instead of a ratio, one number or one per video.
+        order: "index" (time, then space) or "score" (falling score within each video).
+        check: "flag" records odd scores in `Selection.status`, for every frame of the video; "raise" makes them an
+            error, at the price of a synchronisation on a GPU.
+
+    Returns:
+        A `Selection` whose sizes are known on the host. Indices carry no gradient.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; one line says which.
+
+    Example:
+        >>> import torch, cacovid_kernels as ck
+        >>> scores = torch.tensor([[0.1, 0.9, 0.8, 0.7], [0.6, 0.1, 0.5, 0.2]])
+        >>> kept = ck.topk_tokens(scores, keep_ratio=0.5)
+        >>> kept.indices, kept.frame_counts
+        (tensor([1, 2, 3, 4]), tensor([3, 1]))
+    """
+    op = "topk_tokens"
+    check_scores(op, "token_scores", token_scores)
+    check_choice(op, "order", order, ("index", "score"))
+    check_choice(op, "check", check, ("flag", "raise"))
+    grid = parse_grid(op, grid_thw, token_scores)
+    b = parse_budget(op, grid, keep_ratio, num_tokens, 1.0, None, False)
+    if token_scores.numel() != b.tokens or not 1 <= token_scores.dim() <= 3:
+        raise ValueError(
+            f"{op}: token_scores must hold one score for each of the {b.tokens} tokens of grid_thw={list(grid)} "
+            f"(token_scores: {describe(token_scores)}). Pass [N], [T, P] or [B, T, P]."
+        )
+    scores = token_scores.detach().reshape(-1)
+    bounds = [0, *accumulate(t * h * w for t, h, w in grid)]
+    indices, status = _segmented_topk(scores, bounds, list(b.num_keep), order == "score")
+    if check == "raise":
+        raise_if_flagged(op, status, "video")
+    frames = frames_of(indices, b.num_keep, grid)
+    counts = frames.new_zeros(b.frames).scatter_add(0, frames, torch.ones_like(frames))
+    of_frames = [status[i : i + 1].expand(t) for i, (t, _, _) in enumerate(grid)]
+    frame_status = torch.cat([status[:0], *of_frames])
+    return Selection(indices, counts, frame_status, tuple(b.num_keep), grid)
 
 
 def segmented_topk(

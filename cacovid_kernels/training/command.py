@@ -8,10 +8,10 @@ from pathlib import Path
 from transformers.utils import logging
 
 from cacovid_kernels.demo.model import load_model
+from cacovid_kernels.demo.world.rows import WORLD, WorldRows
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import FileRows, Rows
 from cacovid_kernels.training.trainer import Trainer
-from cacovid_kernels.training.world import WORLD, WorldRows
 
 
 def run_train(path: Path) -> int:

@@ -20,6 +20,8 @@ from cacovid_kernels.ops.combinations import sample_combinations
 from cacovid_kernels.ops.sample import gumbel_topk
 from cacovid_kernels.training.config import TrainConfig
 
+_FRAMES = 0x9E3779B97F4A7C15  # apart from the seed of the tokens' noise
+
 
 class Scene(NamedTuple):
     """One video before it is compressed, with the scores from which combinations are drawn."""
@@ -56,43 +58,30 @@ class Draw(NamedTuple):
 
 
 def draw_combinations(scene: Scene, keep_ratio: float, step: int, config: TrainConfig) -> Draw:
-    """The paper's space: by content, by groups of tokens, by frames and the content inside them.
+    """The paper's space: tokens by groups of similar scores, frames likewise, content.
 
     Source: CaCoVID (arXiv 2602.01649), published `dynamic_sample_for_training`.
     """
-    t, h, w = scene.grid
     found = sample_combinations(
         scene.tokens, scene.frames, [scene.grid], num_samples=config.num_token, keep_ratio=keep_ratio,
         group_size=config.group_size, max_group_prob=config.max_group_prob, num_frame_samples=config.num_frame,
         frame_ratio=_frame_ratio(config.frame_ratio, keep_ratio, scene.grid), seed=config.seed, step=step,
         mode=config.mode,
     )  # fmt: skip
-    total = found.lengths[0]
-    parts = {"token": found.indices}
-    terms = {"token": Term("tokens", "actions", found.packed_mask(), balanced=True)}
-    if config.num_frame:
-        parts["frame"] = _content_of_frames(scene, found.frame_indices.clamp(min=0), total)
-        terms["frame"] = Term("frames", "actions", found.packed_frame_mask())
-    if config.num_content:
-        peaks = density_peaks(scene.features.reshape(t, h * w, -1), total // t)  # [t, k]
-        flat = peaks + torch.arange(0, t * h * w, h * w, device=peaks.device)[:, None]
-        parts["content"] = flat.reshape(1, total).expand(config.num_content, total)
-    rows, first = {}, 0
-    for name, part in parts.items():
-        rows[name] = slice(first, first + len(part))
-        first += len(part)
-    return Draw(torch.cat(list(parts.values())), rows, terms)
+    token = Term("tokens", "actions", found.packed_mask(), balanced=True)
+    frame = (found.frame_indices, Term("frames", "actions", found.packed_frame_mask())) if config.num_frame else None
+    return _draw(scene, found.indices, token, frame, config)
 
 
 def draw_gumbel(scene: Scene, keep_ratio: float, step: int, config: TrainConfig) -> Draw:
-    """Every frame's tokens without replacement, by the softmax of their scores."""
+    """Every frame's tokens without replacement, by the softmax of their scores; frames likewise, content."""
     t, h, w = scene.grid
-    return _plain_draw(scene.tokens.reshape(t, h * w), keep_ratio, step, config)
+    return _without_replacement(scene, scene.tokens.reshape(t, h * w), keep_ratio, step, config)
 
 
 def draw_gumbel_video(scene: Scene, keep_ratio: float, step: int, config: TrainConfig) -> Draw:
-    """Tokens of the whole video without replacement, by the softmax of their scores."""
-    return _plain_draw(scene.tokens[None], keep_ratio, step, config)
+    """The same, but the tokens of the whole video together: a frame may give many or none."""
+    return _without_replacement(scene, scene.tokens[None], keep_ratio, step, config)
 
 
 SAMPLERS: dict[str, Callable[[Scene, float, int, TrainConfig], Draw]] = {
@@ -104,14 +93,55 @@ SAMPLERS: dict[str, Callable[[Scene, float, int, TrainConfig], Draw]] = {
 
 def trained_heads(config: TrainConfig) -> set[str]:
     """The heads of the policy that get a gradient: of "tokens" and "frames"."""
-    return {"tokens", "frames"} if config.sampler == "combinations" and config.num_frame else {"tokens"}
+    return {"tokens", "frames"} if config.num_frame else {"tokens"}
+
+
+def _tokens_per_frame(keep_ratio: float, grid: tuple[int, int, int]) -> int:
+    _, h, w = grid
+    return max(round(keep_ratio * h * w), 1)
 
 
 def _frame_ratio(frame_ratio: float, keep_ratio: float, grid: tuple[int, int, int]) -> float:
     """At least as many frames as hold the tokens of one combination."""
     t, h, w = grid
-    needed = math.ceil(max(round(keep_ratio * h * w), 1) * t / (h * w))
+    needed = math.ceil(_tokens_per_frame(keep_ratio, grid) * t / (h * w))
     return max(frame_ratio, min(needed / t, 1.0))
+
+
+def _without_replacement(scene: Scene, logits: Tensor, keep_ratio: float, step: int, config: TrainConfig) -> Draw:
+    """Ordered draws from every row of `logits` `[R, P]`, as many tokens in all as `draw_combinations` takes."""
+    t, _, _ = scene.grid
+    rows, size = logits.shape
+    total = _tokens_per_frame(keep_ratio, scene.grid) * t
+    drawn = gumbel_topk(logits, total // rows, num_samples=config.num_token, seed=config.seed, step=step).indices
+    first = torch.arange(0, rows * size, size, device=drawn.device)[:, None]
+    flat = torch.where(drawn < 0, -1, drawn + first).flatten(1)  # [num_token, R * k]
+    frame = None
+    if config.num_frame:
+        count = max(math.ceil(t * _frame_ratio(config.frame_ratio, keep_ratio, scene.grid)), 1)
+        seed = config.seed ^ _FRAMES  # noise of its own
+        frames = gumbel_topk(scene.frames[None], count, num_samples=config.num_frame, seed=seed, step=step).indices
+        frame = (frames[:, 0].sort(1).values, Term("frames", "plackett_luce", frames))
+    return _draw(scene, flat.sort(1).values, Term("tokens", "plackett_luce", drawn), frame, config)
+
+
+def _draw(scene: Scene, tokens: Tensor, token: Term, frame: tuple[Tensor, Term] | None, config: TrainConfig) -> Draw:
+    """The drawn `tokens` `[g, K]`, the content of the drawn frames, and the content of every frame."""
+    t, h, w = scene.grid
+    total = tokens.shape[1]
+    parts, terms = {"token": tokens}, {"token": token}
+    if frame is not None:
+        frames, terms["frame"] = frame
+        parts["frame"] = _content_of_frames(scene, frames.clamp(min=0), total)
+    if config.num_content:
+        peaks = density_peaks(scene.features.reshape(t, h * w, -1), total // t)  # [t, k]
+        flat = peaks + torch.arange(0, t * h * w, h * w, device=peaks.device)[:, None]
+        parts["content"] = flat.reshape(1, total).expand(config.num_content, total)
+    rows, first = {}, 0
+    for name, part in parts.items():
+        rows[name] = slice(first, first + len(part))
+        first += len(part)
+    return Draw(torch.cat(list(parts.values())), rows, terms)
 
 
 def _content_of_frames(scene: Scene, frames: Tensor, total: int) -> Tensor:
@@ -120,14 +150,3 @@ def _content_of_frames(scene: Scene, frames: Tensor, total: int) -> Tensor:
     inside = torch.arange(h * w, device=frames.device)
     positions = (frames[:, :, None] * (h * w) + inside).flatten(1)  # [Gf, KF * h * w]
     return positions.gather(1, density_peaks(scene.features[positions], total))
-
-
-def _plain_draw(logits: Tensor, keep_ratio: float, step: int, config: TrainConfig) -> Draw:
-    """`[R, P]` scores -> one draw from every row, told apart by their order."""
-    rows, size = logits.shape
-    k = max(round(keep_ratio * size), 1)
-    drawn = gumbel_topk(logits, k, num_samples=config.num_combinations, seed=config.seed, step=step).indices
-    first = torch.arange(0, rows * size, size, device=drawn.device)[:, None]
-    flat = torch.where(drawn < 0, -1, drawn + first).flatten(1)  # [G, R * k]
-    rows_of_draw = {"token": slice(0, len(flat))}
-    return Draw(flat.sort(1).values, rows_of_draw, {"token": Term("tokens", "plackett_luce", drawn)})

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cacovid_kernels.demo.model import SPECIAL_TOKENS
-from cacovid_kernels.demo.world import (
+from cacovid_kernels.demo.world.scenes import (
     BY_COLOUR,
     BY_SHAPE,
     CELLS,
@@ -42,7 +42,7 @@ _TEMPLATES = (
     "which comes {which} in {colour}",
 )
 ANSWERS = (*COLOURS, *SHAPES, *PLACES, *DIRECTIONS)
-LABELS = (*COLOURS, *SHAPES, "glows", *PLACES)  # the words that can be said of what one token shows
+LABELS = (*COLOURS, *SHAPES, "glows", *PLACES, *DIRECTIONS, "first", "last")  # what can be said of one token
 _STREAM_WORDS = 5
 _CHAT_WORDS = ("user", "assistant")
 
@@ -99,7 +99,7 @@ def ask(scenes: Scenes) -> Questions:
 
 
 def labels(scenes: Scenes) -> np.ndarray:
-    """`[N, T * CELLS, LABELS]` float32: 1 for the words that fit what each token shows and where, 0 for the others."""
+    """`[N, T * CELLS, LABELS]` float32: how well each word fits what a token shows, where and when, from 0 to 1."""
     n, _, frames = scenes.alive.shape
     top = scenes.top()
     out = np.zeros((n, frames, CELLS, len(LABELS)), np.float32)
@@ -108,6 +108,9 @@ def labels(scenes: Scenes) -> np.ndarray:
     out[i, t, cell, scenes.colour[i, m, t]] = 1
     out[i, t, cell, len(COLOURS) + scenes.shape[i, m]] = 1
     out[i, t, cell, LABELS.index("glows")] = scenes.glows[i, m, t]
+    out[i, t, cell, LABELS.index(DIRECTIONS[0]) + scenes.direction[i, m]] = scenes.moves[i, m]
+    late = np.linspace(0, 1, frames)[:, None]
+    out[..., LABELS.index("first")], out[..., LABELS.index("last")] = 1 - late, late
     cells = np.arange(CELLS)
     out[:, :, cells, LABELS.index(PLACES[0]) + _region(cells)] = 1
     return out.reshape(n, frames * CELLS, len(LABELS))

@@ -1,4 +1,4 @@
-"""Train the tiny LLaVA-OneVision of the procedural world from scratch: `python -m cacovid_kernels.demo.train_model`.
+"""Train the tiny LLaVA-OneVision of the world from scratch: `python -m cacovid_kernels.demo.world.train_model`.
 
 Every batch draws how many tokens stay, from 2 % of the video to all of it; the others are dropped before the language
 model and positions are kept, so that the finished model understands few tokens as well as many. What stays is
@@ -18,7 +18,6 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,8 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cacovid_kernels.demo import UserError
-from cacovid_kernels.demo.questions import KINDS, LABELS, word_tokenizer
-from cacovid_kernels.demo.world import WorldConfig
-from cacovid_kernels.demo.world_model import (
+from cacovid_kernels.demo.world.network import (
+    READING_LAYERS,
     Batch,
     WorldGeometry,
     answer_loss,
@@ -45,10 +43,12 @@ from cacovid_kernels.demo.world_model import (
     watch_attention,
     world_batch,
 )
+from cacovid_kernels.demo.world.questions import KINDS, LABELS, word_tokenizer
+from cacovid_kernels.demo.world.scenes import WorldConfig
 
 TRAIN, HELD_OUT = 0, 1  # seeds of the world
 NO_EVIDENCE = 0.1
-GROUNDED_LAYERS = (0, 1)
+GROUNDED_LAYER = READING_LAYERS  # the first of those that look at what the words name
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ class TrainConfig:
     """
 
     seed: int = 0
-    steps: int = 16000
+    steps: int = 8000
     batch: int = 16
     learning_rate: float = 2e-3
     warmup: int = 100
     decay: float = 0.25
     weight_decay: float = 0.02
     min_keep: float = 0.02
-    short_steps: int = 6000
+    short_steps: int = 3000
     align_steps: int = 200
     align: float = 0.5
     ground: float = 0.5
-    eval_every: int = 100
-    eval_videos: int = 64
+    eval_every: int = 200
+    eval_videos: int = 100
 
 
 class Trainer:
@@ -134,8 +134,7 @@ class Trainer:
         video = encode(self.network, batch.patches, keep)
         loss = self.alignment(video, batch.labels.gather(1, keep[..., None].expand(-1, -1, len(LABELS))))
         if self.step >= config.align_steps:
-            with ExitStack() as stack:
-                seen = [stack.enter_context(watch_attention(self.network, layer)) for layer in GROUNDED_LAYERS]
+            with watch_attention(self.network, GROUNDED_LAYER) as seen:
                 hidden = hidden_states(self.network, video, keep, world.tokens, batch.prompt)
             truth = batch.truth.gather(2, keep[:, None].expand(-1, len(KINDS), -1))
             weight = torch.where(truth.any(2), 1.0, NO_EVIDENCE)
@@ -236,7 +235,7 @@ class Trainer:
         _write_json(out / "preprocessor_config.json", normalisation)
         lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         record = {
-            "command": "python -m cacovid_kernels.demo.train_model",
+            "command": "python -m cacovid_kernels.demo.world.train_model",
             "config": asdict(self.config),
             "seconds": round(self.seconds),
             "parameters": sum(p.numel() for p in self.network.parameters()),
@@ -259,7 +258,7 @@ def _write_json(path: Path, record: dict[str, Any]) -> None:
 
 def main() -> int:
     """Train, or go on training, and export."""
-    parser = argparse.ArgumentParser(prog="python -m cacovid_kernels.demo.train_model", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m cacovid_kernels.demo.world.train_model", description=__doc__)
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with fields of TrainConfig")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint, log and finished model")
     parser.add_argument("--threads", type=int, default=2)

@@ -1,18 +1,9 @@
-"""How well the frozen model of the procedural world answers when a rule keeps few of the video's tokens.
-
-`python -m cacovid_kernels.demo.evaluate`: every rule keeps the same number of tokens of the same fresh videos, one
-question each; the prompt that is left has its original positions.
-"""
+"""Which tokens stay: rules that look at one sample of the world, hand-made ones and a policy's."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +12,20 @@ from torch import Tensor
 
 from cacovid_kernels.compressors import divprune, evs, fastv, vidcom2
 from cacovid_kernels.compressors._keep import keep_largest
-from cacovid_kernels.demo.model import load_model
-from cacovid_kernels.demo.questions import KINDS
-from cacovid_kernels.demo.world import WorldConfig
-from cacovid_kernels.demo.world_model import Batch, Prompt, encode, hidden_states, predict, watch_attention, world_batch
+from cacovid_kernels.demo.world.network import (
+    Batch,
+    Prompt,
+    encode,
+    hidden_states,
+    predict,
+    watch_attention,
+    world_batch,
+)
+from cacovid_kernels.demo.world.questions import KINDS
+from cacovid_kernels.demo.world.scenes import SIDE, WorldConfig
+from cacovid_kernels.ops.select import select_tokens
+from cacovid_kernels.policy import CompressionPolicy, PolicyScores
 
-FRESH = 2  # seed of the world: neither that of training nor the one looked at during training
-RATIOS = (0.25, 0.2, 0.15, 0.1, 0.05, 0.02)
 FASTV_LAYER = 1  # counted from 0: attention of the second layer, the published default
 
 
@@ -93,6 +91,36 @@ def _unlike_frame(sample: Sample, count: int) -> Tensor:
     return keep_largest((features - features.mean(2, keepdim=True)).norm(dim=-1).flatten(1), count)
 
 
+def policy_scores(policy: CompressionPolicy, sample: Sample) -> PolicyScores:
+    """What a policy says of the sample's prompts."""
+    prompt, video = sample.prompt, sample.embeddings
+    n, tokens = video.shape[:2]
+    table = sample.network.get_input_embeddings()
+    before, question = table(prompt.before).expand(n, -1, -1), table(prompt.blocks[:, : int(prompt.asked[0]) + 1])
+    newline = sample.network.model.image_newline.expand(n, 1, -1)
+    embeds = torch.cat([before, video, newline, question], 1)
+    mask = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+    mask[:, before.shape[1] : before.shape[1] + tokens] = True
+    return policy(embeds, video_mask=mask, grid_thw=[(sample.config.frames, SIDE, SIDE)] * n)
+
+
+def policy_rule(policy: CompressionPolicy) -> Rule:
+    """The highest of a policy's token scores in the whole video."""
+    return lambda sample, count: keep_largest(policy_scores(policy, sample).tokens.view(len(sample.truth), -1), count)
+
+
+def published_rule(policy: CompressionPolicy) -> Rule:
+    """The published evaluation: a budget per frame, half of it by score, the rest uniform."""
+
+    def rule(sample: Sample, count: int) -> Tensor:
+        scores, (n, tokens) = policy_scores(policy, sample), sample.truth.shape
+        grid = [(sample.config.frames, SIDE, SIDE)] * n
+        chosen = select_tokens(scores.tokens, scores.frames, grid, num_tokens=count)
+        return chosen.indices.view(n, count) - torch.arange(0, n * tokens, tokens)[:, None]
+
+    return rule
+
+
 RULES: dict[str, Rule] = {
     "random": lambda sample, count: keep_largest(sample.random, count),
     "uniform": uniform,
@@ -107,31 +135,6 @@ RULES: dict[str, Rule] = {
     "least like its frame": _unlike_frame,
     "evidence first": lambda sample, count: keep_largest(sample.random + sample.truth, count),
 }
-
-
-@dataclass
-class Score:
-    """Right answers by kind of question."""
-
-    right: np.ndarray  # [KINDS]
-    asked: np.ndarray  # [KINDS]
-    on_evidence: float = 0.0  # tokens kept that hold evidence
-
-    def interval(self, kind: int | None = None) -> tuple[float, float, float]:
-        """Share of right answers, of one kind or of all, and the ends of its 95 % Wilson interval."""
-        right = float(self.right.sum() if kind is None else self.right[kind])
-        asked = float(self.asked.sum() if kind is None else self.asked[kind])
-        return wilson(right, asked)
-
-
-def wilson(right: float, asked: float) -> tuple[float, float, float]:
-    """Share and the ends of its 95 % Wilson interval."""
-    z = 1.959964
-    share = right / asked
-    middle = share + z * z / (2 * asked)
-    half = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    scale = 1 + z * z / asked
-    return share, (middle - half) / scale, (middle + half) / scale
 
 
 def samples(network: Any, tokenizer: Any, config: WorldConfig, seed: int, count: int) -> Iterator[tuple[int, Sample]]:
@@ -172,88 +175,3 @@ def answers_right(sample: Sample, keep: Tensor) -> Tensor:
     video = sample.embeddings.gather(1, keep[..., None].expand(-1, -1, sample.embeddings.shape[-1]))
     hidden = hidden_states(sample.network, video, keep, sample.config.tokens, sample.prompt)
     return (predict(sample.network, hidden, sample.prompt) == sample.prompt.answers)[:, 0]
-
-
-@torch.no_grad()
-def evaluate(
-    network: Any,
-    tokenizer: Any,
-    *,
-    rules: dict[str, Rule] = RULES,
-    ratios: tuple[float, ...] = RATIOS,
-    count: int = 2000,
-    seed: int = FRESH,
-    config: WorldConfig | None = None,
-) -> dict[tuple[str, float], Score]:
-    """Right answers of every rule at every ratio, on the same questions, and of the whole prompt at ratio 1.
-
-    Args:
-        network: a frozen LLaVA-OneVision of the world.
-        tokenizer: its tokenizer.
-        rules: by name; each says which tokens of a sample stay.
-        ratios: shares of the video's tokens that stay, rounded to whole tokens.
-        count: videos, one question each.
-        seed: of the world.
-        config: size of the world; the default world when absent.
-    """
-    config = config or WorldConfig()
-    names = [("all tokens", 1.0), *((name, ratio) for name in rules for ratio in ratios)]
-    scores = {name: Score(np.zeros(len(KINDS)), np.zeros(len(KINDS))) for name in names}
-    for kind, sample in samples(network, tokenizer, config, seed, count):
-        for (name, ratio), score in scores.items():
-            if name == "all tokens":
-                keep = torch.arange(config.tokens).expand(len(sample.truth), -1)
-            else:
-                keep = rules[name](sample, round(ratio * config.tokens))
-            right = answers_right(sample, keep)
-            score.right[kind] += int(right.sum())
-            score.asked[kind] += len(right)
-            score.on_evidence += float(sample.truth.gather(1, keep).float().mean(1).sum())
-    return scores
-
-
-def table(scores: dict[tuple[str, float], Score]) -> str:
-    """The scores as a Markdown table: one line per rule and ratio, columns by kind."""
-    lines = [
-        f"| rule | kept | right | 95 % interval | {' | '.join(KINDS)} | kept on evidence |",
-        "|" + " --- |" * (5 + len(KINDS)),
-    ]
-    for (name, ratio), score in scores.items():
-        share, low, high = score.interval()
-        kinds = " | ".join(f"{100 * score.interval(kind)[0]:.1f}" for kind in range(len(KINDS)))
-        evidence = 100 * score.on_evidence / score.asked.sum()
-        lines.append(
-            f"| {name} | {100 * ratio:g} % | {100 * share:.1f} | {100 * low:.1f} to {100 * high:.1f} | {kinds} "
-            f"| {evidence:.1f} % |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> int:
-    """Evaluate the shipped model, or one in `--model`, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m cacovid_kernels.demo.evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR", help="the `model` folder of a training run")
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
-    parser.add_argument("--count", type=int, default=2000, help="questions")
-    parser.add_argument("--seed", type=int, default=FRESH)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    model = load_model(arguments.model)
-    network = model.network.float()
-    scores = evaluate(
-        network, model.tokenizer, ratios=tuple(arguments.ratios), count=arguments.count, seed=arguments.seed
-    )
-    print(table(scores))
-    if arguments.json:
-        record = [
-            {"rule": name, "ratio": ratio, "right": score.right.tolist(), "asked": score.asked.tolist()}
-            for (name, ratio), score in scores.items()
-        ]
-        arguments.json.write_text(json.dumps({"kinds": KINDS, "scores": record}, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,8 @@
-"""Pictures of the procedural world: sprites, glow and flicker over a textured background that moves."""
+"""Pictures of the procedural world: sprites, glow, lines of motion and flicker over a textured background that moves.
+
+One token shows what can be asked about it: its sprite, which way that moves (a line follows it), and how late
+it is (the light turns from warm to cool while a video goes on).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from cacovid_kernels.demo.world import COLOURS, SIDE, Scenes, uniforms
+from cacovid_kernels.demo.world.scenes import COLOURS, SIDE, STEPS, Scenes, uniforms
 
 CELL = 8  # pixels per side of a cell
 SIZE = SIDE * CELL
@@ -16,6 +20,7 @@ RGB = np.array(
      (60, 205, 215), (45, 80, 215), (130, 50, 170), (240, 120, 190)]
 )  # fmt: skip
 GLOW = 245
+WARMTH = np.array((36, 0, -36))  # of the first frame's light; the last frame's is its opposite
 _SPRITES = (
     "###### ###### ###### ###### ###### ######",
     "###### ###### ##..## ##..## ###### ######",
@@ -63,22 +68,42 @@ def paint(scenes: Scenes) -> np.ndarray:
     look = RGB * (0.86 + 0.14 * u[:, :, None, None])  # [N, M, COLOURS, 3]: objects differ in brightness
     i, f, cell = np.nonzero(top >= 0)
     m = top[i, f, cell]
-    sprite = SPRITES[scenes.shape[i, m]][..., None]
+    sprites, lines = _moved_sprites()
+    heading = np.where(scenes.moves, scenes.direction, len(STEPS))[i, m]
+    sprite = sprites[heading, scenes.shape[i, m]][..., None]
     under = tiles[i, f, cell // SIDE, :, cell % SIDE]
     under = np.where(scenes.glows[i, m, f][:, None, None, None], np.uint8(GLOW), under)
     colour = look[i, m, scenes.colour[i, m, f]].astype(np.uint8)[:, None, None]
-    tiles[i, f, cell // SIDE, :, cell % SIDE] = np.where(sprite, colour, under)
+    tiles[i, f, cell // SIDE, :, cell % SIDE] = np.where(sprite | lines[heading, 0, ..., None], colour, under)
     return frames
+
+
+@lru_cache
+def _moved_sprites() -> tuple[np.ndarray, np.ndarray]:
+    """`[5, shape, CELL, CELL]` and `[5, 1, CELL, CELL]` bool: sprites a pixel ahead and the line that follows them.
+
+    By direction; the last stands still and has none.
+    """
+    ahead = np.stack([np.roll(SPRITES, tuple(step), (1, 2)) for step in STEPS])
+    behind = np.zeros((len(STEPS), 1, CELL, CELL), bool)
+    for line, (down, right) in zip(behind[:, 0], STEPS, strict=True):
+        line[{1: 0, -1: -1, 0: slice(None)}[down], {1: 0, -1: -1, 0: slice(None)}[right]] = True
+    return np.concatenate([ahead, SPRITES[None]]), np.concatenate([behind, np.zeros_like(behind[:1])])
 
 
 def _background(scenes: Scenes) -> np.ndarray:
     """Smooth noise between two dull colours, seen by a camera that moves up to 3 pixels per frame."""
     n, frames = len(scenes), scenes.alive.shape[2]
     u = uniforms(scenes.seed, scenes.index, 16, _STREAM_LOOK)
-    dark, light = 20 + 70 * u[:, None, 0:3], 90 + 90 * u[:, None, 3:6]
-    table = (dark + np.linspace(0, 1, 256)[:, None] * (light - dark)).astype(np.uint8)  # [N, 256, 3]
+    dark, light = (
+        40 + 20 * u[:, None, 0:3] + 40 * u[:, None, 11:12],
+        110 + 20 * u[:, None, 3:6] + 60 * u[:, None, 12:13],
+    )
+    table = dark + np.linspace(0, 1, 256)[:, None] * (light - dark)
+    light_of_day = np.linspace(1, -1, frames)[:, None] * WARMTH
+    table = (table[:, None] + light_of_day[:, None]).astype(np.uint8)  # [N, T, 256, 3]
     texture = (u[:, 6] * _TEXTURES).astype(int)
     shift = (u[:, 7:9] * _ATLAS)[:, None] + np.arange(frames)[:, None] * (u[:, None, 9:11] * 6 - 3)
     ys, xs = ((shift[..., axis, None] + np.arange(SIZE)).astype(int) % _ATLAS for axis in (0, 1))
     levels = _atlas()[0][texture[:, None, None, None], ys[..., :, None], xs[..., None, :]]
-    return table[np.arange(n)[:, None, None, None], levels]
+    return table[np.arange(n)[:, None, None, None], np.arange(frames)[:, None, None], levels]

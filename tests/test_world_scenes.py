@@ -7,9 +7,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from cacovid_kernels.demo import questions, scenery, world
-from cacovid_kernels.demo.questions import ANSWERS, KINDS, PLACES
-from cacovid_kernels.demo.world import COLOURS, DIRECTIONS, NAMED, SHAPES, SIDE, WorldConfig
+from cacovid_kernels.demo.world import questions, scenery
+from cacovid_kernels.demo.world import scenes as world
+from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, PLACES
+from cacovid_kernels.demo.world.scenes import COLOURS, DIRECTIONS, NAMED, SHAPES, SIDE, WorldConfig
 
 SIZES = [WorldConfig(), WorldConfig(frames=11), WorldConfig(frames=16, clutter=40)]
 
@@ -87,7 +88,13 @@ def test_what_is_seen_is_what_is_painted(scenes):
     for i, t, c in list(zip(*np.nonzero(top >= 0), strict=True))[::29]:
         m, tile = top[i, t, c], tiles[i, t, c // SIDE, c % SIDE].reshape(-1, 3)
         colours = np.unique(tile, axis=0)
-        sprite = scenery.SPRITES[scenes.shape[i, m]].reshape(-1)
+        sprite = scenery.SPRITES[scenes.shape[i, m]]
+        if scenes.moves[i, m]:  # a pixel ahead, and behind it a line along the edge
+            down, right = world.STEPS[scenes.direction[i, m]]
+            sprite = np.roll(sprite, (down, right), (0, 1))
+            edge = (0 if down + right > 0 else -1) if down else slice(None)
+            sprite[(edge, slice(None)) if down else (slice(None), 0 if right > 0 else -1)] = True
+        sprite = sprite.reshape(-1)
         # Some colour fills exactly the shape, and of all colours of the world it is the right one.
         fits = [colour for colour in colours if ((tile == colour).all(1) == sprite).all()]
         assert fits, (i, t, c)
@@ -117,14 +124,31 @@ def test_answers_are_spread_evenly():
         assert counts.max() / counts.min() < 1.6, name
 
 
+def test_the_light_says_when(scenes):
+    frames = scenery.paint(scenes).astype(float)
+    empty = (scenes.top() < 0) & ~scenes.flicker
+    red_less_blue = frames.reshape(*frames.shape[:2], SIDE, scenery.CELL, SIDE, scenery.CELL, 3).mean((3, 5))
+    warmth = (red_less_blue[..., 0] - red_less_blue[..., 2]).reshape(empty.shape)
+    means = [warmth[:, t][empty[:, t]].mean() for t in range(empty.shape[1])]
+    assert np.all(np.diff(means) < -5)
+
+
 def test_labels_name_what_each_token_shows(scenes):
-    labels = questions.labels(scenes).reshape(len(scenes), -1, SIDE, SIDE, len(questions.LABELS)).astype(bool)
+    labels = questions.labels(scenes).reshape(len(scenes), -1, SIDE, SIDE, len(questions.LABELS))
+    early, late = (labels[..., questions.LABELS.index(word)] for word in ("first", "last"))
+    assert np.allclose(late, np.linspace(0, 1, labels.shape[1])[:, None, None])
+    assert np.allclose(early, 1 - late)
+    labels[..., -2:] = 0
+    top = scenes.top()
     for n in range(5):
         expected = {(t, row, column): {colour, shape} | ({"glows"} if glows else set())
                     for t, row, column, colour, shape, glows in seen(scenes, n)}  # fmt: skip
         for place in np.ndindex(labels.shape[1:4]):
             words = {word for word, said in zip(questions.LABELS, labels[(n, *place)], strict=True) if said}
-            assert words == expected.get(place[:3], set()) | {PLACES[place[1] // 2 * 3 + place[2] // 2]}
+            t, row, column = place
+            m = top[n, t, row * SIDE + column]
+            moving = {DIRECTIONS[scenes.direction[n, m]]} if m >= 0 and scenes.moves[n, m] else set()
+            assert words == expected.get(place, set()) | moving | {PLACES[row // 2 * 3 + column // 2]}
 
 
 def test_tokenizer_has_one_token_per_word():

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cacovid_kernels.demo.model import AFTER, BEFORE, SPECIAL_TOKENS
-from cacovid_kernels.demo.questions import ANSWERS, Questions, ask, labels
-from cacovid_kernels.demo.scenery import SIZE, paint
-from cacovid_kernels.demo.world import SIDE, WorldConfig, draw
+from cacovid_kernels.demo.world.questions import ANSWERS, Questions, ask, labels
+from cacovid_kernels.demo.world.scenery import SIZE, paint
+from cacovid_kernels.demo.world.scenes import SIDE, WorldConfig, draw
+
+READING_LAYERS = 2  # the first layers read the question; the others look for what it names
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class WorldGeometry:
     heads: int = 3
     key_value_heads: int = 3
     vision_width: int = 64
-    vision_intermediate: int = 128
+    vision_intermediate: int = 256
     rope_theta: float = 1e5
 
 
@@ -79,10 +81,11 @@ def build_network(geometry: WorldGeometry, tokenizer: Any, seed: int) -> Any:
             torch.nn.init.zeros_(parameter)
         for unused in (tower.encoder.layers[0].self_attn, tower.encoder.layers[0].layer_norm1, tower.post_layernorm):
             unused.requires_grad_(False)
-        # Words and what shows them meet in one space, and attention begins by comparing and copying in it: a word
-        # looks at what shows it, and says what else that shows, before anything is learned.
+        # Words and what shows them meet in one space. The first layers join the question's words; in the others
+        # attention begins by comparing and copying in that space: a word looks at what shows it, and says what else
+        # that shows, before anything is learned.
         torch.nn.init.normal_(network.model.language_model.embed_tokens.weight, std=0.2)
-        for layer in network.model.language_model.layers:
+        for layer in network.model.language_model.layers[READING_LAYERS:]:
             torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=geometry.width**-0.5)
             layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
             torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
@@ -235,19 +238,18 @@ def watch_attention(network: Any, layer: int) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-def grounding_loss(seen: Sequence[dict[str, Tensor]], truth: Tensor, prompt: Prompt) -> Tensor:
+def grounding_loss(seen: dict[str, Tensor], truth: Tensor, prompt: Prompt) -> Tensor:
     """How far the attention of each question's last word, the mean over all heads, is from its evidence.
 
     Args:
-        seen: of several layers, from `watch_attention`; as many keys as queries.
+        seen: from `watch_attention`; as many keys as queries.
         truth: `[N, Q, k]` bool, the evidence among the tokens kept; a question without any does not count.
         prompt: the questions.
     """
     lead, kept = len(prompt.before), truth.shape[-1]
     prefix = lead + kept + 1
-    query = torch.cat([layer["query"][:, :, prefix + prompt.asked - prompt.tail] for layer in seen], 1)  # [N, H, Q, D]
-    keys = torch.cat([layer["keys"][:, :, :prefix] for layer in seen], 1)
-    logits = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+    query = seen["query"][:, :, prefix + prompt.asked - prompt.tail]  # [N, H, Q, D]
+    logits = query @ seen["keys"][:, :, :prefix].transpose(-1, -2) * query.shape[-1] ** -0.5
     # The mean of probabilities, not of logarithms: one head per kind of name is enough.
     attention = logits.log_softmax(-1)[..., lead : lead + kept].logsumexp(1) - math.log(query.shape[1])
     target = truth / truth.sum(-1, keepdim=True).clamp(min=1)

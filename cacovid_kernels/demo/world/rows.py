@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cacovid_kernels.demo.questions import ANSWERS, KINDS, ask
-from cacovid_kernels.demo.scenery import paint
-from cacovid_kernels.demo.world import WorldConfig, draw
+from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask
+from cacovid_kernels.demo.world.scenery import paint
+from cacovid_kernels.demo.world.scenes import WorldConfig, draw
 from cacovid_kernels.training.data import Sample
 
 POLICY_SEED = 3  # of the world: neither the model's training nor any evaluation draws from it

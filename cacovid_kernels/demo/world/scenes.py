@@ -68,6 +68,7 @@ class Scenes:
     cell: np.ndarray  # [N, M, T] row * SIDE + column
     alive: np.ndarray  # [N, M, T] bool: in the picture, not yet asking who hides it
     glows: np.ndarray  # [N, M, T] bool
+    moves: np.ndarray  # [N, M] bool
     direction: np.ndarray  # [N, M] of DIRECTIONS; of movers alone
     flicker: np.ndarray  # [N, T, CELLS] bool: coloured noise instead of the background
 
@@ -130,7 +131,18 @@ def draw(seed: int, index: Sequence[int] | np.ndarray, config: WorldConfig = Wor
             taken &= (shape == shape[:, m : m + 1])[..., None]
         colours = np.where(changes & taken, colour, colours)
     flicker = uniforms(seed, index, config.tokens, _STREAM_SCENERY) < config.flicker / CELLS
-    return Scenes(seed, index, shape, colours, cell, alive, glows, direction, flicker.reshape(-1, config.frames, CELLS))
+    return Scenes(
+        seed,
+        index,
+        shape,
+        colours,
+        cell,
+        alive,
+        glows,
+        kind == MOVE,
+        direction,
+        flicker.reshape(-1, config.frames, CELLS),
+    )
 
 
 def _cast(u: np.ndarray, objects: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,202 @@
+"""Tables and plots of what was measured in the world: `python -m cacovid_kernels.demo.world.report FOLDER`.
+
+Reads `compression.json` (of `evaluate`), `samplers.jsonl` (of `study`) and `policy_training.jsonl` (of a training run)
+in the folder, and writes a Markdown page and PNGs beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from cacovid_kernels.demo.world import MODEL
+from cacovid_kernels.demo.world.evaluate import ALL, TRAINED, UNTRAINED, Score
+from cacovid_kernels.demo.world.questions import KINDS
+
+matplotlib.use("Agg")
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130})
+
+COLOURS = {  # the rules of the plot; Okabe and Ito's colours, which colour-blind eyes tell apart
+    TRAINED: "#d55e00",
+    UNTRAINED: "#999999",
+    "random": "#56b4e9",
+    "uniform": "#0072b2",
+    "attention (FastV)": "#009e73",
+    "diversity (DivPrune)": "#cc79a7",
+    "frame difference (EVS)": "#e69f00",
+    "centre distance (VidCom2)": "#000000",
+}
+SAMPLER_COLOURS = {"combinations": "#0072b2", "gumbel": "#e69f00", "gumbel_video": "#d55e00"}
+
+
+def main_table(scores: Sequence[Score]) -> str:
+    """Right answers in percent, with 95 % intervals, one row per rule and one column per share of tokens."""
+    ratios = sorted({score.ratio for score in scores if score.rule != ALL}, reverse=True)
+    whole = next(score for score in scores if score.rule == ALL)
+    tokens = [next(s.tokens for s in scores if s.ratio == ratio) for ratio in ratios]
+    heads = [f"{100 * ratio:g} % ({count})" for ratio, count in zip(ratios, tokens, strict=True)]
+    lines = [
+        f"{ALL} ({whole.tokens}): **{_percent(whole)}**",
+        "",
+        f"| rule | {' | '.join(heads)} |",
+        "| --- |" + " ---: |" * len(ratios),
+    ]
+    for rule in dict.fromkeys(score.rule for score in scores if score.rule != ALL):
+        cells = [_percent(next(s for s in scores if (s.rule, s.ratio) == (rule, ratio))) for ratio in ratios]
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kinds_table(scores: Sequence[Score], ratio: float) -> str:
+    """One share of tokens: right answers by kind of question, what is left of the full accuracy, the named object."""
+    whole = next(score for score in scores if score.rule == ALL)
+    lines = [
+        f"| rule | {' | '.join(KINDS)} | mean | of all tokens' | kept tokens on the object | its tokens found |",
+        "| --- |" + " ---: |" * (len(KINDS) + 4),
+    ]
+    for score in (whole, *(s for s in scores if s.rule != ALL and s.ratio == ratio)):
+        kinds = [f"{100 * right / asked:.1f}" for right, asked in zip(score.right, score.asked, strict=True)]
+        left = 100 * score.share / whole.share
+        lines.append(
+            f"| {score.rule} | {' | '.join(kinds)} | {100 * score.share:.1f} | {left:.1f} % "
+            f"| {100 * score.on_named:.1f} % | {100 * score.named_found:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(score: Score) -> str:
+    low, high = score.interval
+    return f"{100 * score.share:.1f} ± {50 * (high - low):.1f}"
+
+
+def plot_compression(scores: Sequence[Score], path: Path) -> None:
+    """Right answers against the share of tokens kept, with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    whole = next(score for score in scores if score.rule == ALL)
+    axes.axhline(100 * whole.share, color="#444444", linewidth=0.8, linestyle="--")
+    axes.annotate("all tokens", (2, 100 * whole.share), xytext=(0, 3), textcoords="offset points", color="#444444")
+    for rule, colour in COLOURS.items():
+        mine = sorted((s for s in scores if s.rule == rule), key=lambda s: s.ratio)
+        if mine:
+            x, y = [100 * s.ratio for s in mine], [100 * s.share for s in mine]
+            ends = [[abs(v - 100 * s.interval[i]) for v, s in zip(y, mine, strict=True)] for i in (0, 1)]
+            wide = 2.2 if rule == TRAINED else 1.1
+            axes.errorbar(x, y, ends, color=colour, linewidth=wide, marker="o", markersize=3, capsize=2, label=rule)
+    axes.set(xscale="log", xlabel="tokens kept, %", ylabel="right answers, %", ylim=(0, 104))
+    ticks = sorted({100 * score.ratio for score in scores if score.rule != ALL})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_training(policy: Sequence[dict[str, Any]], path: Path) -> None:
+    """Answers of the model while it was trained, and reward and undecidedness while the policy was."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    log = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))["log"]
+    for name, colour in (("all", "#d55e00"), ("evidence 10%", "#009e73"), ("random 10%", "#56b4e9")):
+        left.plot([r["step"] for r in log], [100 * r[name]["mean"] for r in log], color=colour, label=name)
+    left.set(title="the frozen model, from scratch", xlabel="step", ylabel="right answers, %", ylim=(0, 102))
+    steps = [r["step"] for r in policy]
+    right.plot(steps, [100 * r["reward/token"] for r in policy], color="#d55e00", label="reward of token draws")
+    right.plot(steps, [100 * r["reward/frame"] for r in policy], color="#0072b2", label="reward of frame draws")
+    right.plot(steps, [100 * r["entropy"] for r in policy], color="#999999", label="entropy of a frame's scores")
+    right.set(title="the policy", xlabel="step", ylabel="%", ylim=(0, 102))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_samplers(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Reward of the draws and accuracy of the best tokens over training: mean of the seeds, and their range."""
+    ratios = sorted({run["ratio"] for run in runs})
+    figure, axes = plt.subplots(2, len(ratios), figsize=(3.2 * len(ratios), 5.2), layout="constrained", sharey=True)
+    for column, ratio in enumerate(ratios):
+        for row, (curve, title) in enumerate(
+            (("reward", "reward of the draws"), ("accuracy", "accuracy, best tokens"))
+        ):
+            for sampler, colour in SAMPLER_COLOURS.items():
+                found = [run[curve] for run in runs if (run["ratio"], run["sampler"]) == (ratio, sampler)]
+                if found:
+                    steps = [step for step, _ in found[0]]
+                    values = [[100 * one[i][1] for one in found] for i in range(len(steps))]
+                    axes[row, column].plot(steps, [statistics.mean(v) for v in values], color=colour, label=sampler)
+                    axes[row, column].fill_between(
+                        steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, linewidth=0
+                    )
+            kept = next(run["kept"] for run in runs if run["ratio"] == ratio)
+            axes[row, column].set(title=f"{title}, {100 * kept:.1f} % kept", xlabel="step", ylim=(0, 100))
+    axes[0, 0].set_ylabel("%")
+    axes[1, 0].set_ylabel("%")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def samplers_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Where the runs ended: mean over the seeds, and the smallest and largest of them."""
+    lines = [
+        "| tokens kept | sampler | seeds | reward of the last draws | accuracy of the best tokens |",
+        "| ---: | --- | ---: | ---: | ---: |",
+    ]
+    for ratio in sorted({run["ratio"] for run in runs}):
+        for sampler in SAMPLER_COLOURS:
+            mine = [run for run in runs if (run["ratio"], run["sampler"]) == (ratio, sampler)]
+            if mine:
+                ends = [[100 * run[curve][-1][1] for run in mine] for curve in ("reward", "accuracy")]
+                cells = [f"{statistics.mean(e):.1f} ({min(e):.1f} to {max(e):.1f})" for e in ends]
+                lines.append(f"| {100 * mine[0]['kept']:.1f} % | {sampler} | {len(mine)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Write the page and the plots."""
+    parser = argparse.ArgumentParser(prog="python -m cacovid_kernels.demo.world.report", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
+    record = json.loads((folder / "compression.json").read_text(encoding="utf-8"))
+    scores = [Score(**score) for score in record["scores"]]
+    policy = [json.loads(line) for line in (folder / "policy_training.jsonl").read_text(encoding="utf-8").splitlines()]
+    runs = [json.loads(line) for line in (folder / "samplers.jsonl").read_text(encoding="utf-8").splitlines()]
+    plot_compression(scores, folder / "compression.png")
+    plot_training(policy, folder / "training.png")
+    plot_samplers(runs, folder / "samplers.png")
+    steps = sorted({run["steps"] for run in runs})
+    parts = [
+        "# Results in the procedural world",
+        f"Made by `make results`. Right answers in percent of {record['questions']:,} questions on videos that "
+        f"neither the model nor the policy has seen (world seed {record['world_seed']}), ± half of the 95 % Wilson "
+        "interval; in brackets the tokens kept. Every rule keeps the same number, at their original positions.",
+        "![Right answers against tokens kept](compression.png)",
+        main_table(scores),
+        "EVS keeps the whole first frame before anything else, which is more than 10 % of eight frames; the row below "
+        'it, "frame difference, any frame", leaves that out. "evidence first" knows the truth and fills up at random.',
+    ]
+    for ratio in (0.1, 0.05):
+        parts += [f"## By kind of question, {100 * ratio:g} % of the tokens", kinds_table(scores, ratio)]
+    parts += [
+        "## Training",
+        "![Curves of training](training.png)",
+        "## Samplers",
+        f"Policies trained for {' or '.join(map(str, steps))} steps of 16 questions with 16 combinations each; "
+        "`python -m cacovid_kernels.demo.world.study`. Mean, and range over the seeds.",
+        "![Curves of the samplers](samplers.png)",
+        samplers_table(runs),
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"wrote README.md, compression.png, training.png and samplers.png to {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
