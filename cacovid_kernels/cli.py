@@ -46,17 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="compress a real video for a real model and prove it right")
     demo.set_defaults(command=_demo)
     demo.add_argument("--video", type=Path, metavar="FILE", help="video file; without it, a clip is rendered")
-    demo.add_argument("--question", default="What moves, and where does it go?", metavar="TEXT")
+    demo.add_argument("--question", metavar="TEXT", help="default: one about the clip")
     demo.add_argument("--keep-ratio", type=float, default=0.1, help="share of video tokens kept, in (0, 1]")
     demo.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="results")
-    demo.add_argument("--model", help="LLaVA-OneVision folder or hub name; default: tiny and random")
-    demo.add_argument("--policy", type=Path, metavar="DIR", help="trained policy; default: random heads")
-    demo.add_argument("--frames", type=int, default=32, metavar="N", help="frames sampled from the video")
+    demo.add_argument(
+        "--model", help="LLaVA-OneVision folder or hub name; default: that of the rendered world, random for a video"
+    )
+    demo.add_argument("--policy", type=Path, metavar="DIR", help="trained policy; default: the world's, else random")
+    demo.add_argument(
+        "--budget", choices=("frames", "video"), help="tokens per frame as published, or the best of the whole video"
+    )
+    demo.add_argument("--frames", type=int, default=32, metavar="N", help="frames sampled from the video, at most")
     demo.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="tokens to generate")
     demo.add_argument("--repeats", type=int, default=3, metavar="N", help="runs, of which the best time counts")
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the clip, the model, the policy")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the clip, and of what is random")
 
     train = commands.add_parser("train", help="train a compression policy against a frozen model")
     train.set_defaults(command=_train)
@@ -70,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(arguments: argparse.Namespace) -> int:
     if not (math.isfinite(arguments.keep_ratio) and 0 < arguments.keep_ratio <= 1):
         raise UserError(f"--keep-ratio={arguments.keep_ratio} must be in (0, 1].")
-    if not arguments.question.strip():
+    if arguments.question is not None and not arguments.question.strip():
         raise UserError("--question must not be empty.")
     for name, least in (("frames", 1), ("max_new_tokens", 1), ("repeats", 1), ("seed", 0)):
         if getattr(arguments, name) < least:

@@ -95,7 +95,7 @@ def test_ctrl_c_ends_the_process_and_leaves_nothing(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".cacovid-*/clip.mp4")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".cacovid-*/clip.*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "interrupted\n"

@@ -305,7 +305,7 @@ def test_model_and_policy_folders(video, tmp_path):
     assert loaded.mean == (0.5, 0.5, 0.5)
     assert not loaded.is_random
 
-    pipeline._policy(pipeline.Options(), tiny).save_pretrained(policy)
+    pipeline._policy(pipeline.Options(video=video), tiny).save_pretrained(policy)
     options = pipeline.Options(
         video=video, model=str(folder), policy=policy, num_frames=4, max_new_tokens=3, keep_ratio=0.25
     )

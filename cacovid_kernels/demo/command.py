@@ -21,6 +21,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         video=arguments.video,
         question=arguments.question,
         keep_ratio=arguments.keep_ratio,
+        budget=arguments.budget,
         num_frames=arguments.frames,
         max_new_tokens=arguments.max_new_tokens,
         repeats=arguments.repeats,

@@ -62,8 +62,13 @@ def _publish(folder: Path, out: Path) -> None:
 
 def write_picture(result: Result, path: Path) -> None:
     """Draw the kept tokens of every frame over its score heat."""
+    title, selection = None, result.selection
+    if not result.model.is_random:
+        full, short = (result.answers[run] for run in ("full", "compressed"))
+        kept, total = sum(selection.lengths), selection.num_tokens
+        title = f"{result.scene.question.rstrip('?')}?  {full}, from all {total:,} tokens;  {short}, from {kept:,}"
     picture = plot_selection(
-        result.clip.frames, result.selection, result.token_scores, timestamps=result.clip.timestamps
+        result.clip.frames, selection, result.token_scores, timestamps=result.clip.timestamps, title=title
     )
     picture.save(path, optimize=True)
 
@@ -97,9 +102,14 @@ def _record(result: Result) -> dict[str, Any]:
             "frames": clip.available,
             "sampled_seconds": [round(second, 3) for second in clip.timestamps],
         },
-        "question": options.question,
+        "question": result.scene.question,
+        "answers": {**result.answers, "right": result.scene.truth},
         "model": {"name": result.model.name, "random": result.model.is_random, "seed": options.seed},
-        "policy": str(options.policy) if options.policy else "random heads",
+        "policy": str(options.policy)
+        if options.policy
+        else "of the procedural world"
+        if options.in_world
+        else "random",
         "grid_thw": [frames, rows, columns],
         "keep_ratio": options.keep_ratio,
         "importance_ratio": options.importance_ratio,

@@ -10,30 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacovid_kernels import gather_tokens, select_tokens
+from cacovid_kernels import gather_tokens, select_tokens, topk_tokens
 from cacovid_kernels.demo import UserError
 from cacovid_kernels.demo.meter import Cost, Meter
 from cacovid_kernels.demo.model import TinyGeometry, VideoModel, load_model, tiny_model
 from cacovid_kernels.demo.oracle import Agreement, compare
-from cacovid_kernels.demo.render import render_clip
+from cacovid_kernels.demo.render import render_clip, write_lossless
 from cacovid_kernels.demo.report import Progress
 from cacovid_kernels.demo.video import Clip, read_clip
+from cacovid_kernels.demo.world import MODEL, POLICY
+from cacovid_kernels.demo.world.rows import WORLD, WorldRows
 from cacovid_kernels.policy import CompressionPolicy, PolicyScores
 from cacovid_kernels.selection import Selection
 
 BOTH, FULL, COMPRESSED = "both", "full", "compressed"
+DEMO_SEED = 5  # of the world: nothing was trained or evaluated on it
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """What the command line asks for; without a video and a model, a clip of the procedural world and its own model."""
 
     video: Path | None = None
-    question: str = "What moves, and where does it go?"
+    question: str | None = None  # None: the one that belongs to the clip
     keep_ratio: float = 0.1
-    importance_ratio: float = 0.5
+    budget: str | None = None  # "frames", the published one, or "video"; None: as the policy was trained
+    importance_ratio: float = 0.5  # of a budget of frames
     max_frame_ratio: float | None = None
-    num_frames: int = 32
+    num_frames: int = 32  # at most
     max_new_tokens: int = 16
     repeats: int = 3  # of every stage after the vision tower; the best time counts
     model: str | None = None
@@ -43,12 +47,30 @@ class Options:
     seed: int = 0
     geometry: TinyGeometry = field(default_factory=TinyGeometry)
 
+    @property
+    def in_world(self) -> bool:
+        return self.video is None and self.model is None
+
+    @property
+    def policy_name(self) -> str:
+        return str(self.policy) if self.policy else WORLD if self.in_world else "random heads"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is looked at and asked for."""
+
+    video: Path
+    question: str
+    truth: str | None = None  # the right answer, where it is known
+
 
 @dataclass(frozen=True)
 class Result:
     """What a run found."""
 
     options: Options
+    scene: Scene
     clip: Clip
     model: VideoModel
     selection: Selection
@@ -60,6 +82,12 @@ class Result:
     costs: dict[tuple[str, str], Cost]
     memory_method: str
     agreement: Agreement
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """What each run said."""
+        texts = {run: self.model.tokenizer.decode(x, skip_special_tokens=True) for run, x in self.generated.items()}
+        return {run: " ".join(text.split()) for run, text in texts.items()}
 
 
 class _FirstToken:
@@ -93,22 +121,24 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
         UserError: the video, the model or the policy cannot be used.
     """
     device = _device(options.device)
-    video = options.video
-    if video is None:
-        video = folder / "clip.mp4"
-        with progress.stage("render a clip") as advance:
-            render_clip(video, seed=options.seed, progress=advance)
+    with progress.stage("render a clip") as advance:
+        scene = _scene(options, folder, advance)
 
     meter = Meter(device)
     with progress.stage("decode the video") as advance, meter.stage(BOTH, "decode video"):
-        clip = read_clip(video, options.num_frames, advance)
+        clip = read_clip(scene.video, options.num_frames, advance)
     with progress.stage("load the model"):
-        model = load_model(options.model) if options.model else tiny_model(options.geometry, options.seed)
+        if options.in_world:
+            model = replace(load_model(str(MODEL)), name=WORLD)
+        elif options.model:
+            model = load_model(options.model)
+        else:
+            model = tiny_model(options.geometry, options.seed)
         model.network.to(device, _dtype(options.dtype, device, model.network.dtype))
         policy = _policy(options, model)
 
     grid = model.grid(len(clip.frames))
-    ids = model.prompt(options.question, grid[0] * grid[1] * grid[2])
+    ids = model.prompt(scene.question, grid[0] * grid[1] * grid[2])
     video_mask = model.video_mask(ids)
     with progress.stage("warm up"):  # so that no stage pays for loading kernels
         _warm_up(model, policy, options)
@@ -140,6 +170,7 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * embeds.element_size()
     return Result(
         options=options,
+        scene=scene,
         clip=clip,
         model=model,
         selection=selection,
@@ -152,6 +183,21 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
         memory_method=meter.method,
         agreement=agreement,
     )
+
+
+def _scene(options: Options, folder: Path, progress: Callable[[float], None]) -> Scene:
+    """The video of the options, else a clip that is rendered into the folder, with a question about it."""
+    if options.in_world:
+        sample = WorldRows(seed=DEMO_SEED)[options.seed]
+        video = folder / "clip.mkv"
+        write_lossless(sample.frames, video)
+        if options.question in (None, sample.question):
+            return Scene(video, sample.question, sample.answer)
+        return Scene(video, options.question or "")
+    video = options.video or folder / "clip.mp4"
+    if options.video is None:
+        render_clip(video, seed=options.seed, progress=progress)
+    return Scene(video, options.question or "What moves, and where does it go?")
 
 
 def _device(name: str) -> torch.device:
@@ -169,26 +215,28 @@ def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
 
 
 def _policy(options: Options, model: VideoModel) -> CompressionPolicy:
-    """The policy in `options.policy`, else the language model's first layer with random heads."""
-    network = model.network
-    if options.policy is None:
+    """The policy in `options.policy`, else the world's, else the language model's first layer with random heads."""
+    network, folder = model.network, options.policy or (POLICY if options.in_world else None)
+    if folder is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             return CompressionPolicy.from_language_model(network.model.language_model).eval()
     try:
-        policy = CompressionPolicy.from_pretrained(options.policy, dtype=network.dtype, device=network.device)
+        policy = CompressionPolicy.from_pretrained(folder, dtype=network.dtype, device=network.device)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"policy: {options.policy} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"policy: {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
     width = network.config.get_text_config().hidden_size
     if policy.config.hidden_size != width:
         raise UserError(
-            f"policy: {options.policy} has hidden_size={policy.config.hidden_size}, the model {width}. "
+            f"policy: {folder} has hidden_size={policy.config.hidden_size}, the model {width}. "
             "Give the policy of this model."
         )
     return policy
 
 
 def _select(scores: PolicyScores, grid: tuple[int, int, int], options: Options) -> Selection:
+    if (options.budget or ("video" if options.in_world else "frames")) == "video":
+        return topk_tokens(scores.tokens, [grid], keep_ratio=options.keep_ratio)
     return select_tokens(
         scores.tokens,
         scores.frames,
@@ -225,7 +273,7 @@ def _generate(
 
 def _warm_up(model: VideoModel, policy: CompressionPolicy, options: Options) -> None:
     grid = model.grid(1)
-    ids = model.prompt("?", grid[1] * grid[2])
+    ids = model.prompt("", grid[1] * grid[2])
     video_mask = model.video_mask(ids)
     side = model.network.config.vision_config.image_size
     pixels = torch.zeros(1, 3, side, side, device=model.device, dtype=model.network.dtype)

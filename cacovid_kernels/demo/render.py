@@ -50,6 +50,22 @@ def render_clip(
         container.mux(stream.encode(None))
 
 
+def write_lossless(frames: np.ndarray, path: str | Path, *, rate: int = 2) -> None:
+    """Encode frames `[T, H, W, 3]` uint8, RGB, so that they are read back as they are.
+
+    Args:
+        frames: the pictures.
+        path: file to write, of a container that takes FFV1: `.mkv` or `.avi`.
+        rate: frames per second.
+    """
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("ffv1", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+
+
 def _texture(rng: np.random.Generator, dark: tuple[int, ...], light: tuple[int, ...]) -> np.ndarray:
     """Smooth noise between two colours, a quarter wider than the frame: `[H, 5/4 W, 3]` float32."""
     height, width = HEIGHT, WIDTH * 5 // 4

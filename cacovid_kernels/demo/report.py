@@ -65,7 +65,7 @@ def notes(result: Result) -> list[str]:
     """What the table does not say, one line each."""
     found, options, clip = result.agreement, result.options, result.clip
     lines = []
-    if len(clip.frames) < options.num_frames:
+    if len(clip.frames) < options.num_frames and not options.in_world:
         lines.append(f"frames: {len(clip.frames)} instead of {options.num_frames}; {clip.name} holds no more.")
     lines += [
         f"check: {'right' if found.holds else 'WRONG'}, logits differ by at most {found.largest:.1e} from "
@@ -78,10 +78,11 @@ def notes(result: Result) -> list[str]:
     if result.model.is_random:
         lines.append("model: tiny and random, so its answers mean nothing; sizes, times and the check do.")
     else:
-        for run, tokens in result.generated.items():
-            answer = result.model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            lines.append(f"answer, {run} prompt: {' '.join(answer.split())}")
-    if options.policy is None:
+        lines.append(f"question: {result.scene.question}")
+        lines += [f"answer, {run} prompt: {answer}" for run, answer in result.answers.items()]
+        if result.scene.truth:
+            lines.append(f"the right answer: {result.scene.truth}")
+    if options.policy is None and not options.in_world:
         lines.append("policy: random heads, so the choice of tokens means nothing; --policy loads a trained one.")
     return lines
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from cacovid_kernels.demo.model import load_model
+from cacovid_kernels.demo.world import MODEL
 from cacovid_kernels.demo.world.rows import WORLD, WorldRows
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import FileRows, Rows
@@ -26,7 +27,8 @@ def run_train(path: Path) -> int:
         rows: Rows = WorldRows()
     else:
         rows = FileRows(config.data, video_root=config.video_root, num_frames=config.num_frames)
-    trainer = Trainer(config, load_model(config.model), rows)
+    model = load_model(str(MODEL) if config.model == WORLD else config.model)
+    trainer = Trainer(config, model, rows)
     try:
         trainer.train()
     except FloatingPointError as error:

@@ -36,7 +36,7 @@ class TrainConfig:
     # What is trained on what.
     data: str = ""  # JSON list or JSON lines: video, question, answer per row; "world": the procedural world
     output: str = "runs/policy"
-    model: str = "llava-hf/llava-onevision-qwen2-7b-ov-hf"  # or a folder
+    model: str = "llava-hf/llava-onevision-qwen2-7b-ov-hf"  # or a folder; "world": the procedural world's
     policy: str | None = None  # start from this policy; None: the language model's first layer, random heads
     video_root: str = ""  # relative video paths start here; "": at the data file
     num_frames: int = 32
