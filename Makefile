@@ -15,7 +15,7 @@ BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
 
-.PHONY: help dev demo emulated test aot cuda mutants bench gpu lint format sanitize wheel nightly doctor clean
+.PHONY: help dev demo results study emulated test aot cuda mutants bench gpu lint format sanitize wheel nightly doctor clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
@@ -30,6 +30,12 @@ dev: $(VENV)/.built  ## create .venv and build the native module into the checko
 
 demo: $(VENV)/.built  ## run the main job on a clip that it renders itself
 	$(call timed,demo,$(PY) -m cacovid_kernels demo --out $(OUT))
+
+results: $(VENV)/.built  ## what the procedural world's policy keeps of the answers, beside other rules: docs/results
+	$(call timed,results,$(PY) -m cacovid_kernels.demo.world.evaluate --out docs/results/compression.json && $(PY) -m cacovid_kernels.demo.world.report docs/results)
+
+study: $(VENV)/.built  ## which sampler learns fastest: 27 short trainings, about 70 minutes of one core
+	$(call timed,study,$(PY) -m cacovid_kernels.demo.world.study --out docs/results/samplers.jsonl && $(PY) -m cacovid_kernels.demo.world.report docs/results)
 
 # For tests: `python -m pytest` would import the checkout instead of build/emulated.
 emulated: $(VENV)/.built

@@ -16,6 +16,7 @@ from cacovid_kernels.demo.report import Progress, notes, table
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demo for parsed arguments; 0 when the compressed run is right, else 1."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     console, progress = Console(), Progress()
     options = Options(
         video=arguments.video,

@@ -22,6 +22,7 @@ def run_train(path: Path) -> int:
         UserError: the configuration, the model, the data or the policy cannot be used.
     """
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     config = TrainConfig.from_file(path)
     if config.data == WORLD:
         rows: Rows = WorldRows()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from cacovid_kernels.demo import UserError
 from cacovid_kernels.demo.model import load_model
@@ -139,12 +140,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the counts, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     began = time.perf_counter()
     try:
         model = load_model(arguments.model)
         policy = CompressionPolicy.from_pretrained(arguments.policy, dtype=torch.float32)
-    except (UserError, OSError, ValueError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"error: --policy: {arguments.policy} cannot be loaded: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     network = model.network.float()
     scores = evaluate(

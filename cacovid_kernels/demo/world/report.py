@@ -1,7 +1,7 @@
 """Tables and plots of what was measured in the world: `python -m cacovid_kernels.demo.world.report FOLDER`.
 
-Reads `compression.json` (of `evaluate`), `samplers.jsonl` (of `study`) and `policy_training.jsonl` (of a training run)
-in the folder, and writes a Markdown page and PNGs beside them.
+Reads `compression.json` (of `evaluate`), `samplers.jsonl` (of `study`) and `policy_training.jsonl` (of a training run,
+see `--log`) in the folder, and writes a Markdown page and PNGs beside them.
 """
 
 from __future__ import annotations
@@ -99,6 +99,18 @@ def plot_compression(scores: Sequence[Score], path: Path) -> None:
     plt.close(figure)
 
 
+def thinned(log: str, size: int = 20) -> str:
+    """Means over every `size` steps of a training log, one JSON line each."""
+    lines = [json.loads(line) for line in log.splitlines()]
+    means = []
+    for first in range(0, len(lines), size):
+        part = lines[first : first + size]
+        names = [name for name in part[0] if name != "step" and all(name in line for line in part)]
+        mean = {name: float(f"{statistics.fmean(line[name] for line in part):.4g}") for name in names}
+        means.append(json.dumps({"step": part[-1]["step"], **mean}) + "\n")
+    return "".join(means)
+
+
 def plot_training(policy: Sequence[dict[str, Any]], path: Path) -> None:
     """Answers of the model while it was trained, and reward and undecidedness while the policy was."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -120,7 +132,9 @@ def plot_training(policy: Sequence[dict[str, Any]], path: Path) -> None:
 def plot_samplers(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Reward of the draws and accuracy of the best tokens over training: mean of the seeds, and their range."""
     ratios = sorted({run["ratio"] for run in runs})
-    figure, axes = plt.subplots(2, len(ratios), figsize=(3.2 * len(ratios), 5.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        2, len(ratios), figsize=(3.2 * len(ratios), 5.2), layout="constrained", sharey=True, squeeze=False
+    )
     for column, ratio in enumerate(ratios):
         for row, (curve, title) in enumerate(
             (("reward", "reward of the draws"), ("accuracy", "accuracy, best tokens"))
@@ -163,7 +177,11 @@ def main() -> int:
     """Write the page and the plots."""
     parser = argparse.ArgumentParser(prog="python -m cacovid_kernels.demo.world.report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    folder = parser.parse_args().folder
+    parser.add_argument("--log", type=Path, metavar="FILE", help="a run's log.jsonl, thinned first")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.log:
+        (folder / "policy_training.jsonl").write_text(thinned(arguments.log.read_text(encoding="utf-8")))
     record = json.loads((folder / "compression.json").read_text(encoding="utf-8"))
     scores = [Score(**score) for score in record["scores"]]
     policy = [json.loads(line) for line in (folder / "policy_training.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -35,10 +35,10 @@ HELD_OUT = 4  # seed of the world
 
 
 def study_config(sampler: str, ratio: float, seed: int, steps: int, output: str) -> TrainConfig:
-    """One run: the shares of the three kinds of draws are the published ones, the share of tokens stays."""
+    """One run: draws of tokens alone, and always as many of them."""
     return TrainConfig(
         data="world", output=output, sampler=sampler, keep_ratio=ratio, min_keep_ratio=ratio, max_keep_ratio=ratio,
-        num_content=1, num_token=11, num_frame=4, num_iterations=1, batch_size=16, learning_rate=1e-3,
+        num_content=0, num_token=16, num_frame=0, num_iterations=1, batch_size=16, learning_rate=1.5e-3,
         decoder_lr_scale=1.0, max_grad_norm=1.0, max_steps=steps, save_every=max(steps // 5, 1), keep_checkpoints=99,
         seed=seed,
     )  # fmt: skip
