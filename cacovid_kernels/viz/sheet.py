@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from cacovid_kernels.viz.colours import heat_colours, normalise
+from cacovid_kernels.viz.inputs import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,28 +20,6 @@ INK, MUTED, PAPER, RULE = (28, 31, 38), (118, 124, 134), (255, 255, 255), (226, 
 ACCENT = (214, 92, 40)
 CELL_WIDTH, GAP, MARGIN, CAPTION = 196, 12, 36, 24
 DIM = 0.42  # brightness of a dropped cell
-
-# Nine points of matplotlib's "inferno": lightness rises evenly, also in greyscale and for colour-blind eyes.
-INFERNO = np.array(
-    [(0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
-     (249, 201, 50), (252, 255, 164)], dtype=np.float32
-)  # fmt: skip
-
-
-def heat_colours(values: np.ndarray) -> np.ndarray:
-    """Colour of every value.
-
-    Args:
-        values: any shape, float, in [0, 1]; NaN is grey.
-
-    Returns:
-        The shape of `values` + [3], uint8.
-    """
-    place = np.clip(np.nan_to_num(values), 0, 1) * (len(INFERNO) - 1)
-    low = np.minimum(place.astype(int), len(INFERNO) - 2)
-    colours = INFERNO[low] + (place - low)[..., None] * (INFERNO[low + 1] - INFERNO[low])
-    colours[np.isnan(values)] = 128
-    return colours.round().astype(np.uint8)
 
 
 def plot_selection(
@@ -75,28 +56,13 @@ def plot_selection(
         >>> plot_selection(frames, mask, np.random.rand(4, 3, 3)).mode
         'RGB'
     """
-    frames = _array(frames)
-    mask, grid = _mask_and_grid(selection, grid)
-    t, h, w = grid
-    if frames.ndim != 4 or frames.shape[0] != t or frames.shape[3] != 3 or frames.dtype != np.uint8:
-        raise ValueError(
-            f"plot_selection: frames must be [{t}, H, W, 3] uint8 "
-            f"(frames: {list(frames.shape)} {frames.dtype}). Pass the frames that the grid describes."
-        )
-    if mask.size != t * h * w:
-        raise ValueError(f"plot_selection: selection holds {mask.size} tokens, grid {grid} has {t * h * w}.")
-    mask = mask.reshape(t, h, w)
-    heat = None if scores is None else _array(scores).astype(np.float64)
-    if heat is not None and heat.size != mask.size:
-        raise ValueError(f"plot_selection: scores hold {heat.size} tokens, grid {grid} has {mask.size}.")
-    if timestamps is not None and len(timestamps) != t:
-        raise ValueError(f"plot_selection: timestamps has {len(timestamps)} entries, grid {grid} has {t} frames.")
-
+    frames, mask, heat = shown("plot_selection", frames, selection, scores, grid, timestamps)
+    t, h, w = mask.shape
     if title is None:
         title = f"{int(mask.sum()):,} of {mask.size:,} tokens kept ({mask.mean():.1%})"
-    sheet = _Sheet(t, frames.shape[2] / max(1, frames.shape[1]), max(1, min(columns, t)), heat is not None)
+    sheet = _Sheet(t, frames.shape[2] / frames.shape[1], max(1, min(columns, t)), heat is not None)
     sheet.headline(title, f"{t} frames of {h} x {w} tokens")
-    normal, low, high = (None, 0.0, 0.0) if heat is None else _normalise(heat.reshape(t, h, w))
+    normal, low, high = (None, 0.0, 0.0) if heat is None else normalise(heat)
     most = max(1, int(mask.sum((1, 2)).max()))
     for i in range(t):
         sheet.frame(i, frames[i], mask[i], None if timestamps is None else timestamps[i], most)
@@ -105,40 +71,6 @@ def plot_selection(
     if normal is not None:
         sheet.colour_bar(low, high)
     return sheet.image
-
-
-def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().float().numpy() if getattr(values, "is_floating_point", bool)() else np.asarray(values)
-
-
-def _mask_and_grid(selection: Any, grid: Sequence[int] | None) -> tuple[np.ndarray, tuple[int, int, int]]:
-    if hasattr(selection, "grid_thw"):
-        if len(selection.grid_thw) != 1:
-            raise ValueError(
-                f"plot_selection: selection holds {len(selection.grid_thw)} videos; it must hold one. "
-                "Pass the mask of one video."
-            )
-        grid = grid or selection.grid_thw[0]
-        selection = selection.mask().cpu()
-    mask = np.asarray(selection).astype(bool)
-    if grid is None and mask.ndim == 3:
-        grid = mask.shape
-    if grid is None or len(grid) != 3:
-        raise ValueError("plot_selection: grid must be (t, h, w) when the selection is a flat mask. Pass grid=.")
-    t, h, w = (int(size) for size in grid)
-    return mask, (t, h, w)
-
-
-def _normalise(scores: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Scores as [0, 1] between their 1st and 99th percentile: one outlier must not darken the rest."""
-    finite = scores[np.isfinite(scores)]
-    low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 0.0)
-    span = high - low if high > low else 1.0
-    return (
-        np.where(np.isfinite(scores), np.clip((scores - low) / span, 0, 1), np.nan),
-        float(low),
-        float(high),
-    )
 
 
 class _Sheet:
