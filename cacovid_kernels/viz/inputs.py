@@ -27,7 +27,7 @@ def shown(
     """
     frames = _array(frames)
     mask = kept_cells(op, selection, grid)
-    t, h, w = mask.shape
+    t = len(mask)
     if frames.ndim != 4 or frames.shape[0] != t or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(
             f"{op}: frames must be [{t}, H, W, 3] uint8 "
@@ -35,7 +35,9 @@ def shown(
         )
     heat = None if scores is None else _array(scores).astype(np.float64)
     if heat is not None and heat.size != mask.size:
-        raise ValueError(f"{op}: scores hold {heat.size} tokens, grid {mask.shape} has {mask.size}. Pass one per token.")
+        raise ValueError(
+            f"{op}: scores hold {heat.size} tokens, grid {mask.shape} has {mask.size}. Pass one per token."
+        )
     if timestamps is not None and len(timestamps) != t:
         raise ValueError(
             f"{op}: timestamps has {len(timestamps)} entries, grid {mask.shape} has {t} frames. Pass one per frame."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cacovid_kernels.selection import Selection
 
-PIXELS = 5_000_000  # of all embedded frames together: below 5 MB of page even where the frames are noise
+PIXELS = 4_500_000  # of all embedded frames together: below 5 MB of page even where the frames are noise
 WIDEST = 640  # pixels of a frame; a page shows none wider, also on a screen of double density
 
 
@@ -68,18 +68,20 @@ def report(
         >>> report(frames, mask, np.random.rand(4, 3, 3))[:15]
         '<!doctype html>'
     """
-    several = isinstance(selection, (list, tuple))
-    if several and not selection:
+    selections = list(selection) if isinstance(selection, (list, tuple)) else [selection]
+    if not selections:
         raise ValueError("report: selection is an empty list. Pass one selection or more.")
     if answers is not None and not isinstance(answers, Mapping):
         raise TypeError(
             f"report: answers must map who answered to the answer (answers: {type(answers).__name__}). Pass a dict."
         )
-    frames, mask, heat = shown("report", frames, selection[0] if several else selection, scores, grid, timestamps)
-    masks = [kept_cells("report", one, grid) for one in selection] if several else [mask]
+    frames, mask, heat = shown("report", frames, selections[0], scores, grid, timestamps)
+    masks = [kept_cells("report", one, grid) for one in selections]
     for i, other in enumerate(masks):
         if other.shape != mask.shape:
-            raise ValueError(f"report: selection {i} has grid {other.shape}, the first one {mask.shape}. Pass one video.")
+            raise ValueError(
+                f"report: selection {i} has grid {other.shape}, the first one {mask.shape}. Pass one video."
+            )
     record = {
         "grid": mask.shape,
         "size": frames.shape[2:0:-1],
