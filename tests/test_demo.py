@@ -286,6 +286,8 @@ def test_reports_say_what_was_found(result, tmp_path):
     assert record["video"]["name"] == "grey.mp4"
     files.write_picture(result, tmp_path / "kept_tokens.png")
     assert Image.open(tmp_path / "kept_tokens.png").mode == "RGB"
+    files.write_page(result, tmp_path / "report.html")
+    assert "<title>Kept video tokens of grey.mp4</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_short_video_is_said_to_be_short(video, tmp_path):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging
 
-from cacovid_kernels.demo.files import staged, write_json, write_picture
+from cacovid_kernels.demo.files import staged, write_json, write_page, write_picture
 from cacovid_kernels.demo.pipeline import Options, run
 from cacovid_kernels.demo.report import Progress, notes, table
 
@@ -36,6 +36,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
         result = run(options, folder, progress)
         with progress.stage("write the picture"):
             write_picture(result, folder / "kept_tokens.png")
+            write_page(result, folder / "report.html")
             write_json(result, folder / "selection.json")
         names = sorted(file.name for file in folder.iterdir())
     console.print(table(result))

@@ -1,4 +1,4 @@
-"""What the demo writes: kept_tokens.png and selection.json, all or nothing."""
+"""What the demo writes: kept_tokens.png, report.html and selection.json, all or nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import transformers
 
 import cacovid_kernels
 from cacovid_kernels.demo import UserError
-from cacovid_kernels.viz import plot_selection
+from cacovid_kernels.viz import plot_selection, report
 
 if TYPE_CHECKING:
     from cacovid_kernels.demo.pipeline import Result
@@ -71,6 +71,27 @@ def write_picture(result: Result, path: Path) -> None:
         result.clip.frames, selection, result.token_scores, timestamps=result.clip.timestamps, title=title
     )
     picture.save(path, optimize=True)
+
+
+def write_page(result: Result, path: Path) -> None:
+    """Write the page on which the selection can be explored in a browser."""
+    selection, scene, answers = result.selection, result.scene, None
+    if not result.model.is_random:
+        answers = {
+            f"From all {selection.num_tokens:,} video tokens": result.answers["full"],
+            f"From {sum(selection.lengths):,} kept": result.answers["compressed"],
+        }
+        answers |= {"Right answer": scene.truth} if scene.truth else {}
+    page = report(
+        result.clip.frames,
+        selection,
+        result.token_scores,
+        timestamps=result.clip.timestamps,
+        title=f"Kept video tokens of {result.clip.name}",
+        question=scene.question,
+        answers=answers,
+    )
+    path.write_text(page, encoding="utf-8")
 
 
 def write_json(result: Result, path: Path) -> None:
