@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cacovid_kernels.selection import Selection
 
 PIXELS = 4_500_000  # of all embedded frames together: below 5 MB of page even where the frames are noise
+LOSSLESS = 1_000_000  # bytes of frames that are embedded as they are: small ones, whose pixels show
 WIDEST = 640  # pixels of a frame; a page shows none wider, also on a screen of double density
 
 
@@ -119,9 +120,10 @@ def _pictures(frames: np.ndarray) -> list[str]:
     count, height, width, _ = frames.shape
     scale = min(1.0, WIDEST / width, (PIXELS / (count * height * width)) ** 0.5)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    kind, options = ("PNG", {}) if frames.nbytes <= LOSSLESS else ("JPEG", {"quality": 85})
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
     return [
-        _uri(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)), "JPEG", quality=85, optimize=True)
+        _uri(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)), kind, optimize=True, **options)
         for picture in pictures
     ]
 

@@ -164,6 +164,7 @@ byId("ratio").hidden = given.length === 1 && !rank;
 // What does not change.
 document.documentElement.style.setProperty("--tile", T <= 12 ? "17rem" : T <= 40 ? "12.5rem" : "10rem");
 document.documentElement.style.setProperty("--aspect", record.size.join(" / "));
+document.documentElement.style.setProperty("--grain", record.size[0] < 160 ? "pixelated" : "auto");
 text("grid", `${T} of ${H} × ${W}`);
 if (record.question !== null) [byId("question").textContent, byId("question").hidden] = [record.question, false];
 for (const [who, answer] of record.answers) {
