@@ -1,7 +1,8 @@
 """Renders bench/results/NAME.jsonl: all of it as bench/results/NAME.md, the rows with an aim into README.md.
 
-The README's tables stand between `<!-- results:NAME -->` and `<!-- end -->`. With `--check` nothing is written and
-the exit code says whether both are what the results say.
+The README's tables stand between `<!-- results:NAME -->` and `<!-- end -->`; that of docs/results/compression.json,
+between `<!-- world -->` and `<!-- end -->`. With `--check` nothing is written and the exit code says whether all are
+what the results say.
 """
 
 from __future__ import annotations
@@ -30,12 +31,26 @@ def table(name: str, with_aim_only: bool) -> str:
     return "\n".join([*lines, "", f"From [bench/results/{name}.jsonl](/bench/results/{name}.jsonl): {source}."])
 
 
+def world_table() -> str:
+    """Right answers of the world's model by rule, without the rules that serve only to probe the world."""
+    from cacovid_kernels.demo.world.evaluate import ALL, TRAINED, Score
+    from cacovid_kernels.demo.world.tables import main_table
+
+    record = json.loads((ROOT / "docs" / "results" / "compression.json").read_text())
+    scores = [Score(**score) for score in record["scores"]]
+    shown = (ALL, "random", "uniform", "attention (FastV)", "diversity (DivPrune)", "frame difference (EVS)",
+             "centre distance (VidCom2)", "untrained policy", TRAINED)  # fmt: skip
+    return main_table([score for score in scores if score.rule in shown])
+
+
 def rendered() -> dict[Path, str]:
     """What every generated file has to hold."""
     readme = ROOT / "README.md"
     pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.S)
     text = readme.read_text()
-    files = {readme: pattern.sub(lambda m: f"{m[1]}{table(m[2], True)}\n{m[3]}", text)}
+    rest = pattern.sub(lambda m: f"{m[1]}{table(m[2], True)}\n{m[3]}", text)
+    world = re.compile(r"(<!-- world -->\n).*?(<!-- end -->)", re.S)
+    files = {readme: world.sub(lambda m: f"{m[1]}{world_table()}\n{m[2]}", rest)}
     for _, name, _ in pattern.findall(text):
         files[RESULTS / f"{name}.md"] = f"# Every ratio of one run\n\n{table(name, False)}\n"
     return files

@@ -15,9 +15,9 @@ from cacovid_kernels._decoder import DecoderLayer, PolicyConfig, RMSNorm, rotary
 from cacovid_kernels._masks import masked_positions
 from cacovid_kernels._prompt import check_prompt, check_whole_videos
 from cacovid_kernels._safetensors import PREFIX, read_policy_tensors, write_policy_tensors
-from cacovid_kernels.ops._checks import Grid, parse_grid
+from cacovid_kernels.ops._checks import Grid, check_choice, parse_grid
 from cacovid_kernels.ops.score import PolicyHead, score_tokens
-from cacovid_kernels.ops.select import select_tokens
+from cacovid_kernels.ops.select import select_tokens, topk_tokens
 from cacovid_kernels.selection import Selection
 
 _GATE = "layers.0.mlp.gate_proj.weight"  # every language model has it; vision towers name theirs otherwise
@@ -101,20 +101,23 @@ class CompressionPolicy(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         grid_thw: Sequence[Sequence[int]] | Tensor,
+        budget: str = "frames",
         **selection: Any,
     ) -> Selection:
         """Choose the video tokens to keep.
 
         Args:
             inputs_embeds, video_mask, position_ids, attention_mask, grid_thw: as in the call of the policy.
-            selection: `keep_ratio` or `num_tokens`, `importance_ratio`, `max_frame_ratio`, `fill`, `order`,
-                `mode`, `check`: passed on to `select_tokens`.
+            budget: "frames", the published one, by frame scores; or "video": the best tokens of the whole video, for
+                policies that were trained by draws from it.
+            selection: `keep_ratio` or `num_tokens`, and what else `select_tokens` takes ("frames") or `topk_tokens`
+                ("video").
 
         Returns:
             `Selection` over the packed video tokens; `.within(video_mask)` extends it to the prompt.
 
         Raises:
-            ValueError: as the call of the policy and `select_tokens`.
+            ValueError: as the call of the policy, `select_tokens` and `topk_tokens`.
 
         Example:
             >>> import torch, cacovid_kernels as ck
@@ -123,8 +126,11 @@ class CompressionPolicy(nn.Module):
             >>> policy.select(prompt, video_mask=video_mask, grid_thw=[(2, 3, 3)], keep_ratio=0.5).lengths
             (9,)
         """
+        check_choice("CompressionPolicy.select", "budget", budget, ("frames", "video"))
         _, video, grid = self._video_rows(inputs_embeds, video_mask, position_ids, attention_mask, grid_thw)
         tokens, frames = self._token_scores(video, grid)
+        if budget == "video":
+            return topk_tokens(tokens, grid, **selection)
         return select_tokens(tokens, frames, grid, **selection)
 
     def encode(

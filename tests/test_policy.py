@@ -112,8 +112,12 @@ def test_select_passes_every_option_on(golden, policy):
         theirs = ck.select_tokens(scores.tokens, scores.frames, GRID, **options)
         assert torch.equal(mine.indices, theirs.indices)
         assert mine.lengths == theirs.lengths
+    mine = policy.select(golden["inputs_embeds"], **arguments, budget="video", num_tokens=50, order="score")
+    assert torch.equal(mine.indices, ck.topk_tokens(scores.tokens, GRID, num_tokens=50, order="score").indices)
     with pytest.raises(ValueError, match="importance_ratio"):
         policy.select(golden["inputs_embeds"], **arguments, keep_ratio=0.1, importance_ratio=2.0)
+    with pytest.raises(ValueError, match="budget='clip' must be"):
+        policy.select(golden["inputs_embeds"], **arguments, keep_ratio=0.1, budget="clip")
 
 
 # ---- batches ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from cacovid_kernels.demo.world import evaluate, report, study
+from cacovid_kernels.demo.world import evaluate, report, study, tables
 from cacovid_kernels.demo.world.evaluate import ALL, TRAINED, Score
 from cacovid_kernels.demo.world.questions import KINDS
 
@@ -36,11 +36,11 @@ def test_shares_of_a_score():
 
 
 def test_tables():
-    table = report.main_table(SCORES).splitlines()
+    table = tables.main_table(SCORES).splitlines()
     assert table[0] == "all tokens (288): **100.0 ± 0.3**"
     assert table[2] == "| rule | 10 % (29) | 5 % (14) |"
     assert table[4] == "| random | 30.0 ± 3.7 | 20.0 ± 3.2 |"
-    rows = report.kinds_table(SCORES, 0.05).splitlines()
+    rows = tables.kinds_table(SCORES, 0.05).splitlines()
     assert len(rows) == 2 + 3
     assert rows[-1].endswith("| 90.0 | 90.0 % | 7.1 % | 50.0 % |")
 

@@ -128,7 +128,7 @@ def policy_rules(network: Any, trained: CompressionPolicy) -> dict[str, Rule]:
 
 def main() -> int:
     """Evaluate every rule and both policies, print the table, write the counts."""
-    from cacovid_kernels.demo.world.report import main_table
+    from cacovid_kernels.demo.world.tables import main_table
 
     parser = argparse.ArgumentParser(prog="python -m cacovid_kernels.demo.world.evaluate", description=__doc__)
     parser.add_argument("--model", default=str(MODEL), metavar="DIR", help="default: the one that comes along")

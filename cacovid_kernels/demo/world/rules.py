@@ -56,10 +56,14 @@ def uniform(sample: Sample, count: int) -> Tensor:
     return ((torch.arange(count) + 0.5) * tokens / count).long().expand(n, -1)
 
 
-def attention(sample: Sample, count: int) -> Tensor:
-    """FastV's rule, from the whole prompt."""
-    query, keys, mask = last_query_and_keys(sample, FASTV_LAYER)
-    return fastv(query, keys, mask, count)
+def attention(layer: int) -> Rule:
+    """FastV's rule: the attention of the word that answers, in a decoder layer of the whole prompt."""
+
+    def rule(sample: Sample, count: int) -> Tensor:
+        query, keys, mask = last_query_and_keys(sample, layer)
+        return fastv(query, keys, mask, count)
+
+    return rule
 
 
 def last_query_and_keys(sample: Sample, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +128,7 @@ def published_rule(policy: CompressionPolicy) -> Rule:
 RULES: dict[str, Rule] = {
     "random": lambda sample, count: keep_largest(sample.random, count),
     "uniform": uniform,
-    "attention (FastV)": attention,
+    "attention (FastV)": attention(FASTV_LAYER),
     "diversity (DivPrune)": lambda sample, count: divprune(sample.features, count),
     "frame difference (EVS)": lambda sample, count: evs(sample.features, count),
     "centre distance (VidCom2)": lambda sample, count: vidcom2(sample.features, count),
@@ -133,6 +137,7 @@ RULES: dict[str, Rule] = {
     "most saturated": _saturation,
     "largest norm": lambda sample, count: keep_largest(sample.embeddings.norm(dim=-1), count),
     "least like its frame": _unlike_frame,
+    "attention, one layer later": attention(FASTV_LAYER + 1),
     "evidence first": lambda sample, count: keep_largest(sample.random + sample.truth, count),
 }
 
