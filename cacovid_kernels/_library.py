@@ -30,35 +30,39 @@ class Op:
         self.name = schema[: schema.index("(")]
         self.family = family
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        library.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
         self.dispatch = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
-    def _run(self, first: Any, *rest: Any) -> Any:
+    def run(self, first: Any, *rest: Any) -> Any:
+        """Runs the backend's function, unseen by the dispatcher."""
         tensor = first if isinstance(first, Tensor) else first[0]
         return _backend.implementation(self.family, self.name, tensor)(first, *rest)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the op; the first argument is a tensor, or a list of tensors, of the device that serves it."""
-        return self.dispatch(*args) if needs_dispatcher(args) else self._run(*args)
+        return self.dispatch(*args) if needs_dispatcher(args) else self.run(*args)
 
 
-def needs_dispatcher(args: Any) -> bool:
-    """Whether tracing, autograd, vmap, a tensor subclass, a lazy negation or a dispatch mode has to see the op."""
+def needs_dispatcher(args: Any, autograd: bool = True) -> bool:
+    """Whether tracing, autograd, vmap, a tensor subclass, a lazy negation or a dispatch mode has to see the op.
+
+    Without `autograd` for a caller that tells eager autograd itself.
+    """
     if torch.compiler.is_compiling() or _dispatch_modes() or _functorch_level() is not None:
         return True
     if _jit_trace() is not None:
         raise RuntimeError(
             "cacovid_kernels: torch.jit.trace would not see what an op writes. Use torch.compile or torch.export."
         )
-    grad = torch.is_grad_enabled()
+    grad = autograd and torch.is_grad_enabled()
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is torch.nn.Parameter:
             if (grad and arg.requires_grad) or arg.is_neg():  # memory of a negated view holds other values
                 return True
         elif kind is list:
-            if arg and type(arg[0]) not in _HOST_TYPES and needs_dispatcher(arg):
+            if arg and type(arg[0]) not in _HOST_TYPES and needs_dispatcher(arg, autograd):
                 return True
         elif kind not in _HOST_TYPES:  # a tensor subclass, a symbolic size
             return True

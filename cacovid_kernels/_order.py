@@ -31,6 +31,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "pack_indices": (Rule(ALL, "cuda", _LATENCY),),
     "policy_sums": (Rule(ALL, "cuda", _LATENCY),),
     "policy_loss": (Rule(ALL, "cuda", _LATENCY),),
+    "policy_loss_once": (Rule(ALL, "cuda", _LATENCY),),
     "policy_loss_backward": (Rule(ALL, "cuda", _LATENCY),),
     "gather_rows": (Rule(ALL, "cuda", _COPY),),
     "gather_rows_out": (Rule(ALL, "cuda", _COPY),),

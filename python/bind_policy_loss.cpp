@@ -78,10 +78,11 @@ void pack_indices(py::handle indices, int64_t tokens, int threads, py::handle wo
   cpu::pack_indices(m.indices, tokens, threads, m.words);
 }
 
-void policy_sums(py::handle words, py::handle rewards, int64_t tokens, bool balanced, int threads, py::handle sums) {
+void policy_sums(py::handle words, py::handle rewards, int64_t tokens, bool balanced, bool weights, int threads,
+                 py::handle sums) {
   const Sums s(words, rewards, tokens, sums, cpu_device);
   const py::gil_scoped_release release;
-  cpu::policy_sums(s.words, s.rewards, tokens, balanced, threads, s.sums);
+  cpu::policy_sums(s.words, s.rewards, tokens, balanced, weights, threads, s.sums);
 }
 
 // low, high: the ratios between which a step pays.

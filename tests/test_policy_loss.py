@@ -392,9 +392,11 @@ def test_opcheck():
     sums = ck.combination_sums(masks, rewards).values
     for shape in ((2, 40), (2, 40, 2)):
         args = (randn(*shape).requires_grad_(), randn(*shape, seed=1), sums, 0.2, 0.28, 0.1)
-        torch.library.opcheck(
-            ops._policy_loss.dispatch, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-        )
+        once = (*args[:2], words, rewards, True, 0.2, 0.28, 0.0)
+        for op, given in ((ops._policy_loss, args), (ops._policy_loss_once, once)):
+            torch.library.opcheck(
+                op.dispatch, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+            )
 
 
 def test_compiles_with_the_gradient():

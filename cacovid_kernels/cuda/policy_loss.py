@@ -42,3 +42,17 @@ def policy_loss(
         *queue_of(device),
     )  # fmt: skip
     return loss, gradient
+
+
+def policy_loss_once(
+    logits: Tensor,
+    old_logits: Tensor,
+    words: Tensor,
+    rewards: Tensor,
+    balanced: bool,
+    eps_low: float,
+    eps_high: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor]:
+    sums = policy_sums(words, rewards, logits.shape[1], balanced)
+    return policy_loss(logits, old_logits, sums, eps_low, eps_high, kl_weight)

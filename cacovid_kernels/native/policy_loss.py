@@ -23,7 +23,7 @@ def pack_indices(indices: Tensor, num_tokens: int) -> Tensor:
 
 def policy_sums(words: Tensor, rewards: Tensor, num_tokens: int, balanced: bool) -> Tensor:
     sums = torch.empty(rewards.shape[0], 6, num_tokens, dtype=torch.float64, device=CPU)
-    engine().policy_sums(words.contiguous(), rewards, num_tokens, balanced, num_threads(), sums)
+    engine().policy_sums(words.contiguous(), rewards, num_tokens, balanced, True, num_threads(), sums)
     return sums
 
 
@@ -37,3 +37,19 @@ def policy_loss(
         logits, old_logits, sums.contiguous(), 1.0 - eps_low, 1.0 + eps_high, kl_weight, num_threads(), loss, gradient
     )
     return loss, gradient
+
+
+def policy_loss_once(
+    logits: Tensor,
+    old_logits: Tensor,
+    words: Tensor,
+    rewards: Tensor,
+    balanced: bool,
+    eps_low: float,
+    eps_high: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor]:
+    sums = torch.empty(rewards.shape[0], 6, logits.shape[1], dtype=torch.float64, device=CPU)
+    weights = kl_weight != 0.0  # otherwise nothing reads them, and they are half of the additions
+    engine().policy_sums(words.contiguous(), rewards, logits.shape[1], balanced, weights, num_threads(), sums)
+    return policy_loss(logits, old_logits, sums, eps_low, eps_high, kl_weight)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacovid_kernels._library import NAMESPACE, Op, library, refuse_tangents
+from cacovid_kernels._library import NAMESPACE, Op, library, needs_dispatcher, refuse_tangents
 from cacovid_kernels.ops._checks import SCORE_TYPES, check_choice, check_same_device, describe
 from cacovid_kernels.ops._draws import as_int
 from cacovid_kernels.ops._packed_masks import INTEGERS, check_tensor, pack_masks, words_of
@@ -23,7 +23,7 @@ def _fake_sums(words, rewards, num_tokens, balanced):
     return words.new_empty(rewards.shape[0], 6, num_tokens, dtype=torch.float64)
 
 
-def _fake_loss(logits, old_logits, sums, eps_low, eps_high, kl_weight):
+def _fake_loss(logits, *_):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty((), dtype=dtype), logits.new_empty(logits.shape, dtype=dtype)
 
@@ -41,6 +41,13 @@ _policy_loss = Op(
     "-> (Tensor, Tensor)",
     _fake_loss,
 )
+# The same without sums that a further step could read: policy_loss of policy_sums.
+_policy_loss_once = Op(
+    "policy_loss",
+    "policy_loss_once(Tensor logits, Tensor old_logits, Tensor words, Tensor rewards, bool balanced, float eps_low, "
+    "float eps_high, float kl_weight) -> (Tensor, Tensor)",
+    _fake_loss,
+)
 _policy_loss_backward = Op(
     "policy_loss",
     "policy_loss_backward(Tensor grad, Tensor gradient, Tensor logits) -> Tensor",
@@ -53,18 +60,43 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     gradient, logits = ctx.saved_tensors
     found = None if grad is None else _policy_loss_backward(grad, gradient.detach(), logits)
-    return found, None, None, None, None, None
+    return found, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError(f"{_OP}: it has no second derivative. Call backward without create_graph=True.")
 
 
-torch.library.register_autograd(f"{NAMESPACE}::policy_loss", _backward, setup_context=_save, lib=library)
+for _op in (_policy_loss, _policy_loss_once):
+    torch.library.register_autograd(f"{NAMESPACE}::{_op.name}", _backward, setup_context=_save, lib=library)
 torch.library.register_autograd(f"{NAMESPACE}::policy_loss_backward", _no_second_derivative, lib=library)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The loss alone, where only autograd has to see the op: a third of the time that its dispatcher takes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, op: Op, lead: int, args: tuple[Any, ...]) -> Tensor:
+        loss, gradient = op.run(_batch(logits, lead), *args)
+        ctx.save_for_backward(gradient.view(logits.shape), logits)
+        ctx.set_materialize_grads(False)
+        return loss
+
+    backward = staticmethod(_backward)
+
+
+def _batch(x: Tensor, lead: int) -> Tensor:
+    return x if lead else x.unsqueeze(0)
+
+
+def _loss_of(op: Op, lead: int, logits: Tensor, *args: Any) -> Tensor:
+    """The loss by an op for a batch of videos, or for one (`lead` 0) whose logits have no such dimension."""
+    if torch.is_grad_enabled() and logits.requires_grad and not needs_dispatcher((logits, *args), autograd=False):
+        return _EagerLoss.apply(logits, op, lead, args)
+    return op(_batch(logits, lead), *args)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,20 +134,12 @@ class CombinationSums:
             >>> logits.grad
             tensor([-0.1768,  0.1768])
         """
-        low, high, weight = _check_rule(eps_low, eps_high, kl_weight)
+        rule = _check_rule(eps_low, eps_high, kl_weight)
         _check_logits(token_logits, old_logits)
-        n, batched = self.values.shape[-1], self.values.dim() == 3
-        lead = self.values.shape[:1] if batched else ()
-        for name, x in (("token_logits", token_logits), ("old_logits", old_logits)):
-            if x.shape != (*lead, n) and x.shape != (*lead, n, 2):
-                raise ValueError(
-                    f"{_OP}: {name} must be {[*lead, n]} or {[*lead, n, 2]} for combinations of {n} tokens "
-                    f"({name}: {describe(x)})."
-                )
-            check_same_device(_OP, name, x, "the masks", self.values)
-        rows = (token_logits, old_logits.detach()) if batched else (token_logits[None], old_logits.detach()[None])
-        values = self.values if batched else self.values[None]
-        return _policy_loss(*rows, values, low, high, weight)[0]
+        lead = self.values.dim() - 2
+        _check_shapes(token_logits, old_logits, self.values.shape[:lead], self.values.shape[-1], self.values)
+        args = (_batch(old_logits.detach(), lead), _batch(self.values, lead), *rule)
+        return _loss_of(_policy_loss, lead, token_logits, *args)
 
 
 def _check_rule(eps_low: float, eps_high: float, kl_weight: float) -> tuple[float, float, float]:
@@ -129,6 +153,17 @@ def _check_logits(token_logits: Tensor, old_logits: Tensor) -> None:
     check_tensor(_OP, "token_logits", token_logits, _FLOATS, "float32, bfloat16, float16 or float64")
     check_tensor(_OP, "old_logits", old_logits, _FLOATS, "float32, bfloat16, float16 or float64")
     refuse_tangents(_OP, [token_logits])
+
+
+def _check_shapes(token_logits: Tensor, old_logits: Tensor, lead: torch.Size, n: int, masks: Tensor) -> None:
+    """Logits of both policies for `n` tokens of `lead` videos, on the device of the masks, or ValueError."""
+    for name, x in (("token_logits", token_logits), ("old_logits", old_logits)):
+        if x.shape != (*lead, n) and x.shape != (*lead, n, 2):
+            raise ValueError(
+                f"{_OP}: {name} must be {[*lead, n]} or {[*lead, n, 2]} for combinations of {n} tokens "
+                f"({name}: {describe(x)})."
+            )
+        check_same_device(_OP, name, x, "the masks", masks)
 
 
 def combination_sums(
@@ -156,6 +191,14 @@ def combination_sums(
         >>> ck.combination_sums(ck.pack_masks(masks), rewards, num_tokens=100).values.shape
         torch.Size([6, 100])
     """
+    words, rewards, n = _read(masks, rewards, num_tokens)
+    if words.dim() == 3:
+        return CombinationSums(_policy_sums(words, rewards, n, balanced))
+    return CombinationSums(_policy_sums(words.unsqueeze(0), rewards.unsqueeze(0), n, balanced)[0])
+
+
+def _read(masks: Tensor, rewards: Tensor, num_tokens: int | None) -> tuple[Tensor, Tensor, int]:
+    """Checked arguments of `combination_sums` as words, rewards of a float type, and the number of tokens."""
     check_tensor(_OP, "masks", masks, INTEGERS, "bool or integers")
     check_tensor(_OP, "rewards", rewards, (*_FLOATS, *INTEGERS), "real numbers")
     if masks.dim() not in (2, 3) or rewards.shape != masks.shape[:-1]:
@@ -173,10 +216,7 @@ def combination_sums(
         raise ValueError(f"{_OP}: there must be tokens and combinations (masks: {describe(masks)}).")
     check_same_device(_OP, "rewards", rewards, "masks", masks)
     words = pack_masks(masks) if num_tokens is None else masks
-    rewards = rewards.detach() if rewards.is_floating_point() else rewards.double()
-    if masks.dim() == 3:
-        return CombinationSums(_policy_sums(words, rewards, n, balanced))
-    return CombinationSums(_policy_sums(words[None], rewards[None], n, balanced)[0])
+    return words, rewards.detach() if rewards.is_floating_point() else rewards.double(), n
 
 
 def combination_policy_loss(
@@ -239,14 +279,17 @@ def combination_policy_loss(
     check_choice(_OP, "likelihood", likelihood, ("actions", "plackett_luce"))
     if likelihood == "plackett_luce":
         return _ordered_loss(token_logits, old_logits, masks, rewards, eps_low, eps_high, kl_weight)
-    _check_rule(eps_low, eps_high, kl_weight)
+    rule = _check_rule(eps_low, eps_high, kl_weight)
     _check_logits(token_logits, old_logits)
     check_tensor(_OP, "masks", masks, INTEGERS, "bool or integers")
     axis = masks.dim() - 2  # of the tokens in logits
     n = token_logits.shape[axis] if 0 <= axis < token_logits.dim() else 0
     packed = masks.dtype == torch.int32 and masks.shape[-1:] == (words_of(n),)
-    sums = combination_sums(masks, rewards, num_tokens=n if packed else None, balanced=balanced)
-    return sums.loss(token_logits, old_logits, eps_low=eps_low, eps_high=eps_high, kl_weight=kl_weight)
+    words, rewards, n = _read(masks, rewards, n if packed else None)
+    lead = words.dim() - 2
+    _check_shapes(token_logits, old_logits, words.shape[:lead], n, words)
+    args = (_batch(old_logits.detach(), lead), _batch(words, lead), _batch(rewards, lead), balanced, *rule)
+    return _loss_of(_policy_loss_once, lead, token_logits, *args)
 
 
 def _ordered_loss(

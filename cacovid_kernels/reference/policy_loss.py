@@ -111,6 +111,21 @@ def policy_loss(
     return (loss.sum() / odds.shape[0]).to(dtype), gradient.to(dtype)
 
 
+def policy_loss_once(
+    logits: Tensor,
+    old_logits: Tensor,
+    words: Tensor,
+    rewards: Tensor,
+    balanced: bool,
+    eps_low: float,
+    eps_high: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """`policy_loss` for the `policy_sums` of these combinations."""
+    sums = policy_sums(words, rewards, logits.shape[1], balanced)
+    return policy_loss(logits, old_logits, sums, eps_low, eps_high, kl_weight)
+
+
 def policy_loss_backward(grad: Tensor, gradient: Tensor, logits: Tensor) -> Tensor:
     """The gradient by `logits` times what reached the loss, in the dtype of `logits`."""
     return (gradient * grad).to(logits.dtype)

@@ -136,4 +136,19 @@ def policy_loss(
     return loss, gradient
 
 
-__all__ = ["pack_indices", "pack_masks", "policy_loss", "policy_loss_backward", "policy_sums"]
+def policy_loss_once(
+    logits: Tensor,
+    old_logits: Tensor,
+    words: Tensor,
+    rewards: Tensor,
+    balanced: bool,
+    eps_low: float,
+    eps_high: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient straight from the masks: the launches of both."""
+    sums = policy_sums(words, rewards, logits.shape[1], balanced)
+    return policy_loss(logits, old_logits, sums, eps_low, eps_high, kl_weight)
+
+
+__all__ = ["pack_indices", "pack_masks", "policy_loss", "policy_loss_backward", "policy_loss_once", "policy_sums"]

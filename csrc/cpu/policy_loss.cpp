@@ -75,6 +75,7 @@ struct WeightedRows {
   WeightedRows(const uint32_t* words, const Tensor& rewards, int64_t video, int64_t tokens, bool balanced) {
     const std::vector<double> advantages = advantages_of(rewards, video);
     const int64_t g = rewards.sizes[1], row_words = words_of(tokens);
+    for (auto* rows : {&better, &worse, &all}) rows->reserve(static_cast<size_t>(g));
     for (int64_t i = 0; i < g; ++i, words += row_words) {
       const uint32_t last = words[row_words - 1] & valid_bits(tokens);
       const int64_t count =
@@ -113,7 +114,8 @@ void pack_indices(Tensor indices, int64_t tokens, int threads, int32_t* words) {
   });
 }
 
-void policy_sums(const int32_t* words, Tensor rewards, int64_t tokens, bool balanced, int threads, double* sums) {
+void policy_sums(const int32_t* words, Tensor rewards, int64_t tokens, bool balanced, bool weights, int threads,
+                 double* sums) {
   const int64_t videos = rewards.sizes[0], g = rewards.sizes[1], row_words = words_of(tokens);
   const int64_t grain = adds_per_task / std::max<int64_t>(g * word_tokens, 1) + 1;
   for (int64_t v = 0; v < videos; ++v) {
@@ -123,15 +125,18 @@ void policy_sums(const int32_t* words, Tensor rewards, int64_t tokens, bool bala
       for (int64_t word = first; word < last; ++word) {
         double* to = out + word * word_tokens;
         const auto add = [=](const std::vector<WeightedRow>& of, PolicySum kept_row, PolicySum dropped_row) {
+          const int64_t n = tokens - word * word_tokens, count = static_cast<int64_t>(of.size());
+          if (n >= word_tokens) {
+            return policy_loops().add_rows(of.data(), count, word, to + kept_row * tokens, to + dropped_row * tokens);
+          }
           double kept[word_tokens], dropped[word_tokens];
-          policy_loops().add_rows(of.data(), static_cast<int64_t>(of.size()), word, kept, dropped);
-          const int64_t n = std::min(word_tokens, tokens - word * word_tokens);
+          policy_loops().add_rows(of.data(), count, word, kept, dropped);
           std::copy(kept, kept + n, to + kept_row * tokens);
           std::copy(dropped, dropped + n, to + dropped_row * tokens);
         };
         add(rows.better, kept_better, dropped_better);
         add(rows.worse, kept_worse, dropped_worse);
-        add(rows.all, kept_weight, dropped_weight);
+        if (weights) add(rows.all, kept_weight, dropped_weight);
       }
     });
   }

@@ -58,7 +58,7 @@ TEST(sums_have_the_engines_bits) {
     std::vector<int32_t> words;
     for (int64_t i = 0; i < videos * g * words_of(n); ++i) words.push_back(static_cast<int32_t>(random.next()));
     std::vector<double> expected(static_cast<size_t>(videos * policy_sums_rows * n));
-    cpu::policy_sums(words.data(), rewards.view, n, balanced, 1, expected.data());
+    cpu::policy_sums(words.data(), rewards.view, n, balanced, true, 1, expected.data());
     const DeviceTensor there(rewards);
     const DeviceBytes packed(static_cast<int64_t>(words.size()) * 4, words.data());
     const DeviceBytes weights(videos * g * 16), sums(static_cast<int64_t>(expected.size()) * 8);

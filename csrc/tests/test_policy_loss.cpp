@@ -100,7 +100,7 @@ struct Batch {
   }
   std::vector<double> sums(Random& random, int threads) const {
     const Output<double> out(random, videos * policy_sums_rows * tokens);
-    cpu::policy_sums(words.data(), rewards.view, tokens, balanced, threads, out);
+    cpu::policy_sums(words.data(), rewards.view, tokens, balanced, true, threads, out);
     return {out.data(), out.data() + out.size()};
   }
 };

@@ -172,7 +172,9 @@ void pack_masks(Tensor masks, int threads, int32_t* words);
 void pack_indices(Tensor indices, int64_t tokens, int threads, int32_t* words);
 
 // words [B, G, ceil(tokens / 32)], rewards [B, G] any float type -> sums [B, 6, tokens] (policy_loss.h).
-void policy_sums(const int32_t* words, Tensor rewards, int64_t tokens, bool balanced, int threads, double* sums);
+// Without `weights` the rows kept_weight and dropped_weight, which only the KL reads, are left as they are.
+void policy_sums(const int32_t* words, Tensor rewards, int64_t tokens, bool balanced, bool weights, int threads,
+                 double* sums);
 
 // logits, old_logits [B, N, 2] (drop, keep) or [B, N], their difference; any float type; sums [B, 6, N] -> loss [1],
 // the mean over B, and its gradient, of the shape of logits; both f64 if the logits are, else f32.

@@ -104,23 +104,28 @@ CACOVID_HD PolicyTerm divergence_term(double half_by_p, double log_p, double wei
 template <bool WithDivergence>
 CACOVID_HD PolicyTerm policy_term(double odds, double old_odds, const double (&sums)[policy_sums_rows],
                                   const PolicyRule& rule) {
-  // ln P(keep) = ln_kept - ln(1 + tail), ln P(drop) = ln_dropped - ln(1 + tail); no overflow, no cancellation.
-  const double ln_kept = odds > 0.0 ? 0.0 : odds, ln_dropped = odds < 0.0 ? 0.0 : -odds;
-  const double old_kept = old_odds > 0.0 ? 0.0 : old_odds, old_dropped = old_odds < 0.0 ? 0.0 : -old_odds;
+  // ln P(keep) = min(odds, 0) - ln(1 + tail), ln P(drop) = min(-odds, 0) - ln(1 + tail): no overflow, no cancellation.
   const double tail = exp_exact(odds < 0.0 ? odds : -odds);
   const double total = 1.0 + tail, larger = 1.0 / total, smaller = tail * larger;  // probabilities
   PolicyTerm more_kept = {}, more_dropped = {};
   if constexpr (WithDivergence) {
+    const double ln_kept = odds > 0.0 ? 0.0 : odds, ln_dropped = odds < 0.0 ? 0.0 : -odds;
     const double half_by_larger = 0.5 * total, half_by_smaller = half_by_larger / tail, log_total = log_1p_exact(tail);
     more_kept = divergence_term(odds > 0.0 ? half_by_larger : half_by_smaller, ln_kept - log_total,
                                 rule.kl_weight * sums[kept_weight]);
     more_dropped = divergence_term(odds > 0.0 ? half_by_smaller : half_by_larger, ln_dropped - log_total,
                                    rule.kl_weight * sums[dropped_weight]);
   }
-  const double old_tail = exp_exact(old_odds < 0.0 ? old_odds : -old_odds), shared = (1.0 + old_tail) * larger;
-  PolicyTerm kept = clipped_term(scaled_exp(ln_kept - old_kept, shared), sums[kept_better], sums[kept_worse], rule);
+  // `rare`: the log-odds of the action that was the less likely one. The ratio of the other needs no exponential.
+  const bool keeping_was_likely = old_odds > 0.0;
+  const double rare = keeping_was_likely ? -odds : odds, old_rare = keeping_was_likely ? -old_odds : old_odds;
+  const double shared = (1.0 + exp_exact(old_rare)) * larger;
+  const double rare_ratio = scaled_exp((rare > 0.0 ? 0.0 : rare) - old_rare, shared);
+  const double likely_ratio = shared * (rare > 0.0 ? tail : 1.0);
+  PolicyTerm kept =
+      clipped_term(keeping_was_likely ? likely_ratio : rare_ratio, sums[kept_better], sums[kept_worse], rule);
   PolicyTerm dropped =
-      clipped_term(scaled_exp(ln_dropped - old_dropped, shared), sums[dropped_better], sums[dropped_worse], rule);
+      clipped_term(keeping_was_likely ? rare_ratio : likely_ratio, sums[dropped_better], sums[dropped_worse], rule);
   if constexpr (WithDivergence) {
     kept = {kept.loss + more_kept.loss, kept.gradient + more_kept.gradient};
     dropped = {dropped.loss + more_dropped.loss, dropped.gradient + more_dropped.gradient};
