@@ -27,6 +27,7 @@ from cacovid_kernels.demo.world.rules import policy_rule
 from cacovid_kernels.demo.world.scenes import CELLS, WorldConfig
 from cacovid_kernels.policy import CompressionPolicy
 from cacovid_kernels.training.config import SAMPLERS, TrainConfig
+from cacovid_kernels.training.data import Sample
 from cacovid_kernels.training.trainer import Trainer
 
 RATIOS = (0.02, 0.05, 0.1)
@@ -38,18 +39,20 @@ def study_config(sampler: str, ratio: float, seed: int, steps: int, output: str)
     """One run: draws of tokens alone, and always as many of them."""
     return TrainConfig(
         data="world", output=output, sampler=sampler, keep_ratio=ratio, min_keep_ratio=ratio, max_keep_ratio=ratio,
-        num_content=0, num_token=16, num_frame=0, num_iterations=1, batch_size=16, learning_rate=1.5e-3,
+        num_content=0, num_token=16, num_frame=0, num_iterations=1, batch_size=16, learning_rate=2e-3,
         decoder_lr_scale=1.0, max_grad_norm=1.0, max_steps=steps, save_every=max(steps // 5, 1), keep_checkpoints=99,
         seed=seed,
     )  # fmt: skip
 
 
-def run(model: VideoModel, sampler: str, ratio: float, seed: int, steps: int, questions: int) -> dict[str, Any]:
-    """Train once; the curve of rewards, and the accuracy of what was learned at five steps."""
+def run(
+    model: VideoModel, rows: list[Sample], sampler: str, ratio: float, seed: int, steps: int, questions: int
+) -> dict[str, Any]:
+    """Train once on all rows; the curve of rewards, and the accuracy of what was learned at five steps."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config = study_config(sampler, ratio, seed, steps, folder)
-        Trainer(config, model, WorldRows()).train()
+        Trainer(config, model, rows).train()
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
         spent = time.perf_counter() - began
         # As many tokens as the sampler draws: at least one for every frame.
@@ -82,7 +85,7 @@ def main() -> int:
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="shares of tokens kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--steps", type=int, default=400, help="of 16 questions and 16 combinations each")
+    parser.add_argument("--steps", type=int, default=600, help="of 16 questions and 16 combinations each")
     parser.add_argument("--questions", type=int, default=600, help="of every evaluation")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -90,13 +93,16 @@ def main() -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load_model(arguments.model)
+    rows: list[Sample] = []  # the same for all runs, each in its own order
+    for first in range(0, 16 * arguments.steps, 64):
+        rows += WorldRows().samples(range(first, min(first + 64, 16 * arguments.steps)))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for seed, ratio, sampler in product(arguments.seeds, arguments.ratios, arguments.samplers):
         done = arguments.out.read_text(encoding="utf-8").splitlines() if arguments.out.exists() else []
         names = [tuple(json.loads(line)[name] for name in ("sampler", "ratio", "seed", "steps")) for line in done]
         if (sampler, ratio, seed, arguments.steps) in names:
             continue
-        record = run(model, sampler, ratio, seed, arguments.steps, arguments.questions)
+        record = run(model, rows, sampler, ratio, seed, arguments.steps, arguments.questions)
         with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(
