@@ -1,0 +1,1 @@
+"""The library inside other frameworks; each needs its framework installed only when it is used."""

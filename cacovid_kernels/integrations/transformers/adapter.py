@@ -1,0 +1,153 @@
+"""What the library has to know about a model family, and what all families share."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = "5.10"  # transformers; what a newer one brought is named where it is needed
+
+# Everything of a processor that describes pixels or placeholders: read here, meaningless after compaction.
+VISION_INPUTS = frozenset(
+    {
+        "pixel_values",
+        "pixel_values_videos",
+        "pixel_values_images",
+        "pixel_attention_mask",
+        "image_sizes",
+        "image_sizes_videos",
+        "batch_num_images",
+        "image_grid_thw",
+        "video_grid_thw",
+        "image_merge_sizes",
+        "video_merge_sizes",
+        "video_compression_mask",
+        "second_per_grid_ts",
+        "mm_token_type_ids",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "vision_aspect_ratio",
+        "visuals",
+    }
+)
+
+
+_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A video or an image among the placeholders of a batch.
+
+    Attributes:
+        grid: frames, rows and columns of the tokens that may be dropped; None for an image, which stays whole.
+        droppable: `[n]` bool on the CPU, one entry per placeholder; false for newlines and class tokens.
+    """
+
+    grid: tuple[int, int, int] | None
+    droppable: Tensor
+
+    @classmethod
+    def video(cls, grid: tuple[int, int, int], *, class_tokens: int = 0, newlines: int = 0) -> Visual:
+        """A video whose frames start with class tokens and that ends with newlines."""
+        frames, rows, columns = grid
+        frame = torch.arange(class_tokens + rows * columns) >= class_tokens
+        return cls(grid, torch.cat([frame.repeat(frames), torch.zeros(newlines, dtype=torch.bool)]))
+
+    @classmethod
+    def image(cls, num_tokens: int) -> Visual:
+        return cls(None, torch.zeros(num_tokens, dtype=torch.bool))
+
+
+def square(num_tokens: int) -> tuple[int, int]:
+    """Rows and columns of a frame from a tower with square inputs; one row if they are no square."""
+    side = math.isqrt(num_tokens)
+    return (side, side) if side * side == num_tokens else (1, num_tokens)
+
+
+def installed() -> str:
+    """Version of transformers."""
+    import transformers
+
+    return transformers.__version__
+
+
+class Adapter:
+    """One model family. Subclass it, name `family` and `model_types`, and write `visuals`.
+
+    Methods take the `...ForConditionalGeneration` model, never change it, and read the processor's `inputs`.
+    Placeholders are the tokens of the prompt whose embeddings come from the vision tower.
+    """
+
+    family: str
+    model_types: tuple[str, ...]
+    modality = "video"  # whose features hold the video: "image" where the processor makes no difference
+    pixels = "pixel_values_videos"
+
+    def visuals(self, model: Any, inputs: Mapping[str, Any], num_features: int) -> list[Visual]:
+        """What the placeholders of `modality` are, in their order over the whole batch.
+
+        Args:
+            model: the model.
+            inputs: the processor's inputs.
+            num_features: features of `modality` over all videos.
+        """
+        raise NotImplementedError
+
+    def check(self, model: Any) -> None:
+        """RuntimeError when the installed transformers lacks an entry point."""
+        if not hasattr(model.base_model, f"get_{self.modality}_features"):
+            raise RuntimeError(
+                f"prune_inputs: {type(model.base_model).__name__} of transformers {installed()} has no "
+                f"get_{self.modality}_features. Use transformers >= {OLDEST}."
+            )
+
+    def token_id(self, model: Any, modality: str) -> int:
+        """Id of the placeholder of a modality."""
+        return getattr(model.config, f"{modality}_token_id")
+
+    def encode(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs of the vision tower and projector by modality, each with its `pooler_output`."""
+        outputs = {}
+        for modality, names in _PIXELS.items():
+            if any(inputs.get(name) is not None for name in names):
+                function = getattr(model.base_model, f"get_{modality}_features")
+                known = inspect.signature(function).parameters
+                given = {name: value for name, value in inputs.items() if name in known and value is not None}
+                outputs[modality] = function(**given, return_dict=True)
+        return outputs
+
+    def features(self, output: Any, modality: str, inputs: Mapping[str, Any]) -> Tensor:
+        """`[N, D]` features of one modality, one row per placeholder."""
+        pooled = output.pooler_output
+        parts = [pooled] if isinstance(pooled, Tensor) else pooled
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+    def positions(self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
+        """Rotary positions at full length, on the CPU.
+
+        Args:
+            model: the model.
+            inputs: the processor's inputs.
+            ids: `[B, L]` on the CPU.
+            mask: `[B, L]` int64 attention mask on the CPU.
+
+        Returns:
+            `[B, L]`, counted along the mask, or `[3, B, L]` for M-RoPE.
+        """
+        return counted(mask)
+
+    def pack(self, model: Any, prompt: Any) -> dict[str, Any]:
+        """What carries the tokens of a compacted prompt into the model (`prompt`: a `prune.Compacted`)."""
+        return {"inputs_embeds": prompt.inputs_embeds}
+
+
+def counted(mask: Tensor) -> Tensor:
+    """`[B, L]` positions along an attention mask, 0 at padding: what `generate` counts."""
+    return (mask.cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,129 @@
+"""`generate` on compressed prompts for the length of a with block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from cacovid_kernels.integrations.transformers.adapter import VISION_INPUTS
+from cacovid_kernels.integrations.transformers.prompt import read
+from cacovid_kernels.integrations.transformers.prune import arguments, compact
+from cacovid_kernels.integrations.transformers.registry import adapter_of
+from cacovid_kernels.integrations.transformers.selectors import Selector, check_selector, choose
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_PROMPT = VISION_INPUTS | {"attention_mask"}
+
+
+class Compression:
+    """What `compress` yields.
+
+    Attributes:
+        inputs: arguments the last `generate` ran on, as `prune_inputs` returns them (for `next_turn`); None before.
+        kept: kept tokens per video of the last `generate`.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] | None = None
+        self.kept: tuple[int, ...] = ()
+
+
+@contextmanager
+def compress(
+    model: Any,
+    selector: Selector,
+    *,
+    keep_ratio: float | None = None,
+    num_tokens: Any = None,
+    budget: str | None = None,
+    **options: Any,
+) -> Iterator[Compression]:
+    """Inside the block `model.generate(**inputs)` drops video tokens first; afterwards the model is as it was.
+
+    Everything else about `generate` stays: what it returns starts with the whole prompt, `max_length` counts the
+    whole prompt, beams and sampling work. Calls without pixels, such as those of `next_turn`, run as they are.
+
+    Args:
+        model, selector, keep_ratio, num_tokens, budget, options: as in `prune_inputs`.
+
+    Yields:
+        A `Compression`, whose `inputs` and `kept` tell of the last call.
+
+    Raises:
+        ValueError: as `prune_inputs`; assisted decoding.
+
+    Example:
+        >>> from cacovid_kernels.compressors import divprune
+        >>> from cacovid_kernels.integrations.transformers import compress
+        >>> def answer(model, processor, messages):
+        ...     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+        ...                                            return_dict=True, return_tensors="pt").to(model.device)
+        ...     with compress(model, divprune, keep_ratio=0.1):
+        ...         ids = model.generate(**inputs, max_new_tokens=64)
+        ...     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    """
+    adapter = adapter_of(model)
+    check_selector(selector, keep_ratio, num_tokens, budget)
+    original, state = model.generate, Compression()
+
+    @functools.wraps(original)
+    def generate(inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(adapter.pixels) is None:
+            return original(inputs, generation_config, *args, **kwargs)
+        config = model.generation_config if generation_config is None else generation_config
+        _refuse_assistants(config, kwargs)
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in _PROMPT}
+        given["input_ids"] = ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        with torch.no_grad():
+            prompt = read(model, adapter, given)
+            chosen = choose(selector, prompt, keep_ratio, num_tokens, budget, options)
+            compacted, _ = compact(prompt, *chosen)
+        state.inputs = arguments(model, adapter, given, compacted)
+        state.kept = compacted.lengths
+        kwargs |= _lengths(config, kwargs, ids.shape[1] - compacted.input_ids.shape[1])
+        # With the ids beside the embeddings processors of logits see the prompt's text as they would without us.
+        out = original(None, generation_config, *args, **{**state.inputs, "input_ids": compacted.input_ids, **kwargs})
+        return _whole_prompts(out, ids, compacted.input_ids.shape[1])
+
+    own = vars(model).get("generate")
+    model.generate = generate
+    try:
+        yield state
+    finally:
+        if own is None:
+            del model.generate
+        else:
+            model.generate = own
+
+
+def _refuse_assistants(config: Any, kwargs: dict[str, Any]) -> None:
+    for name in _ASSISTED:
+        if kwargs.get(name, getattr(config, name, None)) is not None:
+            raise ValueError(
+                f"compress: {name} is set, but assisted decoding guesses and crops by the ids and positions of whole "
+                f"prompts, which a compressed one does not have. Leave it out, or use num_beams or do_sample."
+            )
+
+
+def _lengths(config: Any, kwargs: dict[str, Any], dropped: int) -> dict[str, int]:
+    """Limits on the length of prompt and answer, for a prompt that is shorter."""
+    limits = {}
+    if kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None)) is None:
+        limits["max_length"] = kwargs.get("max_length", getattr(config, "max_length", None))
+    limits["min_length"] = kwargs.get("min_length", getattr(config, "min_length", None))
+    return {name: limit - dropped for name, limit in limits.items() if limit}
+
+
+def _whole_prompts(out: Any, ids: Any, length: int) -> Any:
+    """What `generate` returned, with the whole prompts `ids` in front of what was generated."""
+    sequences = out if isinstance(out, torch.Tensor) else out.sequences
+    prompts = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], 0).to(sequences.device)
+    whole = torch.cat([prompts, sequences[:, length:]], 1)
+    if sequences is out:
+        return whole
+    out.sequences = whole
+    return out

@@ -1,0 +1,59 @@
+"""Which adapter serves a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cacovid_kernels.integrations.transformers.adapter import Adapter
+from cacovid_kernels.integrations.transformers.internvl import InternVL
+from cacovid_kernels.integrations.transformers.llava_next_video import LlavaNextVideo
+from cacovid_kernels.integrations.transformers.llava_onevision import LlavaOneVision
+from cacovid_kernels.integrations.transformers.qwen2_5_vl import Qwen25VL
+from cacovid_kernels.integrations.transformers.qwen2_vl import Qwen2VL
+from cacovid_kernels.integrations.transformers.qwen3_vl import Qwen3VL
+from cacovid_kernels.integrations.transformers.smolvlm import SmolVLM
+from cacovid_kernels.integrations.transformers.video_llama_3 import VideoLlama3
+from cacovid_kernels.integrations.transformers.video_llava import VideoLlava
+
+_adapters: dict[str, Adapter] = {}
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Serve the models of `adapter.model_types` (`model.config.model_type`) with this adapter from now on.
+
+    Args:
+        adapter: an instance of a subclass of `Adapter`.
+    """
+    _adapters.update(dict.fromkeys(adapter.model_types, adapter))
+
+
+for _family in (
+    LlavaOneVision,
+    LlavaNextVideo,
+    VideoLlava,
+    Qwen2VL,
+    Qwen25VL,
+    Qwen3VL,
+    InternVL,
+    VideoLlama3,
+    SmolVLM,
+):
+    register_adapter(_family())
+
+
+def adapter_of(model: Any) -> Adapter:
+    """The adapter of a model, or one line that lists the known ones."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in _adapters:
+        raise ValueError(
+            f"prune_inputs: no adapter for {type(model).__name__} (model_type={kind!r}); known are "
+            f"{sorted(_adapters)}. Subclass cacovid_kernels.integrations.transformers.Adapter and pass an instance "
+            f"to register_adapter, as docs/integrations.md shows."
+        )
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"prune_inputs: {type(model).__name__} cannot generate. Pass the ...ForConditionalGeneration model."
+        )
+    adapter = _adapters[kind]
+    adapter.check(model)
+    return adapter

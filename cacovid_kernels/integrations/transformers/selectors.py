@@ -1,0 +1,112 @@
+"""From a policy, a compressor or a function of embeddings to the tokens that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels import compressors
+from cacovid_kernels.integrations.transformers.prompt import OP, Prompt
+from cacovid_kernels.ops._checks import Grid, check_choice, parse_budget
+from cacovid_kernels.ops.select import select_tokens, topk_tokens
+from cacovid_kernels.policy import CompressionPolicy, PolicyScores
+
+_OF_WHOLE_VIDEOS = (compressors.divprune, compressors.evs, compressors.vidcom2)
+_OTHERS = (
+    (compressors.fastv, "keys of the language model, which has not run yet"),
+    (compressors.density_peaks, "a number of tokens per frame, not per video"),
+)
+
+Selector = CompressionPolicy | Callable[..., Any]
+
+
+def check_selector(selector: Any, keep_ratio: float | None, num_tokens: Any, budget: str | None) -> None:
+    """What can be refused before a video is seen."""
+    function = selector.func if isinstance(selector, partial) else selector
+    if not callable(selector):
+        raise TypeError(
+            f"{OP}: selector is a {type(selector).__name__}, it must be a CompressionPolicy, one of "
+            f"{[f.__name__ for f in _OF_WHOLE_VIDEOS]}, or a function of (embeddings [N, D], grid_thw) to scores [N]."
+        )
+    for other, need in _OTHERS:
+        if function is other:
+            names = [f.__name__ for f in _OF_WHOLE_VIDEOS]
+            raise ValueError(f"{OP}: {other.__name__} needs {need}. Pass one of {names}.")
+    if budget is not None:
+        check_choice(OP, "budget", budget, ("frame", "video"))
+    parse_budget(OP, ((1, 1, 2**20),), keep_ratio, num_tokens if num_tokens is None else 1, 1.0, None, False)
+
+
+@torch.no_grad()
+def choose(
+    selector: Selector,
+    prompt: Prompt,
+    keep_ratio: float | None,
+    num_tokens: Any,
+    budget: str | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Positions `[K]` among the N video tokens, ascending, and how many of each video."""
+    grid = prompt.grid_thw
+    counts = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
+    function = selector.func if isinstance(selector, partial) else selector
+    if any(function is known for known in _OF_WHOLE_VIDEOS):
+        kept = parse_budget(OP, grid, keep_ratio, num_tokens, 1.0, None, False).num_keep
+        return _compress(selector, prompt.video_embeds, grid, kept), tuple(kept)
+    if isinstance(selector, CompressionPolicy):
+        scores: PolicyScores = _policy_scores(selector, prompt)
+        tokens, frames = scores.tokens, scores.frames
+    else:
+        tokens, frames = _call(selector, prompt), None
+    by_frame = budget == "frame" or (budget is None and isinstance(selector, CompressionPolicy))
+    if by_frame:
+        selection = select_tokens(tokens, frames, grid, **counts, **options)
+    else:
+        selection = topk_tokens(tokens, grid, **counts, **options)
+    return selection.indices, selection.lengths
+
+
+def _compress(selector: Any, embeds: Tensor, grid: Grid, kept: list[int]) -> Tensor:
+    first, parts = 0, []
+    for (t, h, w), k in zip(grid, kept, strict=True):
+        video = embeds[first : first + t * h * w].view(t, h * w, -1)
+        parts.append(selector(video, k).sort().values + first)
+        first += t * h * w
+    return torch.cat(parts)
+
+
+def _policy_scores(policy: CompressionPolicy, prompt: Prompt) -> PolicyScores:
+    width = prompt.inputs_embeds.shape[-1]
+    if policy.config.hidden_size != width:
+        raise ValueError(
+            f"{OP}: the policy has hidden_size={policy.config.hidden_size}, the model {width}. "
+            f"Pass the policy of this model."
+        )
+    return policy(
+        prompt.inputs_embeds,
+        video_mask=prompt.video_mask,
+        attention_mask=prompt.attention_mask,
+        grid_thw=prompt.grid_thw,
+    )
+
+
+def _call(selector: Callable[..., Any], prompt: Prompt) -> Tensor:
+    """Scores `[N]` of a function that sees the videos of one prompt at a time."""
+    embeds, first, parts = prompt.video_embeds, 0, []
+    for row in sorted(set(prompt.rows)):
+        grid = [video for video, of in zip(prompt.grid_thw, prompt.rows, strict=True) if of == row]
+        count = sum(t * h * w for t, h, w in grid)
+        scores = selector(embeds[first : first + count], grid)
+        if not isinstance(scores, Tensor) or scores.numel() != count:
+            found = f"{list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"{OP}: the selector gave {found} for row {row}, it must give one score for each of its {count} "
+                f"video tokens."
+            )
+        parts.append(scores.reshape(-1))
+        first += count
+    return torch.cat(parts)
