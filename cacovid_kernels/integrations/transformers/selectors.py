@@ -53,9 +53,9 @@ def choose(
     """Positions `[K]` among the N video tokens, ascending, and how many of each video."""
     grid = prompt.grid_thw
     counts = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
+    kept = parse_budget(OP, grid, keep_ratio, num_tokens, 1.0, None, False).num_keep
     function = selector.func if isinstance(selector, partial) else selector
     if any(function is known for known in _OF_WHOLE_VIDEOS):
-        kept = parse_budget(OP, grid, keep_ratio, num_tokens, 1.0, None, False).num_keep
         return _compress(selector, prompt.video_embeds, grid, kept), tuple(kept)
     if isinstance(selector, CompressionPolicy):
         scores: PolicyScores = _policy_scores(selector, prompt)
