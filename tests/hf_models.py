@@ -37,7 +37,7 @@ FAMILIES = (
     "video_llama_3",
     "smolvlm",
 )
-MROPE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MROPE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 def _config(family: str) -> Any:
@@ -69,11 +69,14 @@ def _config(family: str) -> Any:
         vision = {**patches, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64}
         vision |= {"window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
         return hf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **marks)
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_vl_moe"):
         vision = {**patches, "depth": 4, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64}
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2], "in_channels": 3}
         text = {**TEXT, "num_hidden_layers": 4, "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
-        return hf.Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+        if family == "qwen3_vl":
+            return hf.Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        return hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **marks)
     if family == "internvl":
         vision = {**CLIP, "image_size": [16, 16], "patch_size": [4, 4]}
         return hf.InternVLConfig(text_config=qwen2, vision_config=vision, image_token_id=IMAGE, downsample_ratio=0.5)
@@ -91,6 +94,7 @@ _CLASSES = {
     "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
     "internvl": "InternVL",
     "video_llama_3": "VideoLlama3",
     "smolvlm": "SmolVLM",
@@ -204,9 +208,9 @@ def _add_video(family, layout, frames, random, pixels, grids, tiles) -> None:
         t, h, w = frames // 2 + 1, 4, 4 + 4 * (len(grids["video"]) % 2)
         grids["video"].append([t, h, w])
         pixels["video"].append(torch.randn(t * h * w, 3 * 2 * 4 * 4, generator=random))
-        runs = [h * w // 4] * t if family == "qwen3_vl" else [t * h * w // 4]
+        runs = [h * w // 4] * t if family.startswith("qwen3") else [t * h * w // 4]
         for frame, run in enumerate(runs):
-            if family == "qwen3_vl":
+            if family.startswith("qwen3"):
                 layout.text(30 + frame, 31)  # "<0.5 seconds>"
             layout.text(START)
             layout.tokens(VIDEO, run, droppable=True)

@@ -63,7 +63,7 @@ def full_run(model, inputs, mask, positions, answer):
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", [*hf.FAMILIES, "qwen3_vl_moe"])
 def test_as_the_masked_run_at_full_length(family, name, ratio):
     model, batch, positions = case(family, name)
     keep = kept_tokens(family, name, ratio)

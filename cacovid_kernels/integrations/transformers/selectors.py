@@ -73,6 +73,8 @@ def choose(
 def _compress(selector: Any, embeds: Tensor, grid: Grid, kept: list[int]) -> Tensor:
     first, parts = 0, []
     for (t, h, w), k in zip(grid, kept, strict=True):
+        if t == 1 and selector is compressors.evs:
+            raise ValueError(f"{OP}: evs compares frames, and the video {(t, h, w)} has one. Pass divprune.")
         video = embeds[first : first + t * h * w].view(t, h * w, -1)
         parts.append(selector(video, k).sort().values + first)
         first += t * h * w
