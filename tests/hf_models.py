@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -257,7 +258,9 @@ def _pixels(family, pixels, grids) -> dict[str, Any]:
     if family in ("llava_onevision", "llava_next_video", "video_llava"):
         inputs["pixel_values_videos"] = torch.stack(pixels["video"])
         if pixels["image"]:
-            inputs["pixel_values"] = torch.stack(pixels["image"])
+            known = inspect.signature(hf.VideoLlavaForConditionalGeneration.forward).parameters
+            renamed = family == "video_llava" and "pixel_values" not in known  # below 5.23
+            inputs["pixel_values_images" if renamed else "pixel_values"] = torch.stack(pixels["image"])
             if family != "video_llava":
                 inputs["image_sizes"] = torch.tensor([[16, 16]] * len(pixels["image"]))
             if family == "llava_onevision":

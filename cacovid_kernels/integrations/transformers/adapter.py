@@ -39,6 +39,7 @@ VISION_INPUTS = frozenset(
 
 
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+_PIXEL_NAMES = {name for names in _PIXELS.values() for name in names}
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,16 @@ class Adapter:
         """Outputs of the vision tower and projector by modality, each with its `pooler_output`."""
         outputs = {}
         for modality, names in _PIXELS.items():
-            if any(inputs.get(name) is not None for name in names):
+            pixels = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+            if pixels is not None:
+                # The first argument is the pixels; its name has changed between versions of transformers.
                 function = getattr(model.base_model, f"get_{modality}_features")
-                known = inspect.signature(function).parameters
-                given = {name: value for name, value in inputs.items() if name in known and value is not None}
-                outputs[modality] = function(**given, return_dict=True)
+                known = inspect.signature(function).parameters.keys() - _PIXEL_NAMES
+                given = {name: inputs[name] for name in known if inputs.get(name) is not None}
+                outputs[modality] = function(pixels, **given, return_dict=True)
         return outputs
 
-    def features(self, output: Any, modality: str, inputs: Mapping[str, Any]) -> Tensor:
+    def features(self, model: Any, output: Any, modality: str, inputs: Mapping[str, Any]) -> Tensor:
         """`[N, D]` features of one modality, one row per placeholder."""
         pooled = output.pooler_output
         parts = [pooled] if isinstance(pooled, Tensor) else pooled

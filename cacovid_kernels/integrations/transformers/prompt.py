@@ -71,7 +71,7 @@ def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any]) -> Prompt:
     embeds = model.get_input_embeddings()(ids)
     count = 0
     for modality, output in encoded.items():
-        features = adapter.features(output, modality, inputs)
+        features = adapter.features(model, output, modality, inputs)
         placeholders = host_ids == adapter.token_id(model, modality)
         if int(placeholders.sum()) != features.shape[0]:
             raise ValueError(

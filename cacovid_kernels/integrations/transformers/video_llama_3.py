@@ -14,8 +14,8 @@ class VideoLlama3(Adapter):
     family = "VideoLLaMA3"
     model_types = ("video_llama_3",)
 
-    def features(self, output: Any, modality: str, inputs: Mapping[str, Any]) -> Tensor:
-        features = super().features(output, modality, inputs)
+    def features(self, model: Any, output: Any, modality: str, inputs: Mapping[str, Any]) -> Tensor:
+        features = super().features(model, output, modality, inputs)
         mask = inputs.get("video_compression_mask") if modality == "video" else None
         return features if mask is None else features[mask.to(features.device)]
 
