@@ -67,7 +67,7 @@ def compress(
         ...     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     """
     adapter = adapter_of(model)
-    check_selector(selector, keep_ratio, num_tokens, budget)
+    check_selector(selector, keep_ratio, num_tokens, budget, options)
     original, state = model.generate, Compression()
 
     @functools.wraps(original)

@@ -72,7 +72,8 @@ def prune_inputs(
         labels: `[B, L]` for training, compacted like the tokens; -100 at padding. May also stand in `inputs`.
         budget: "frame" gives each frame a budget (`select_tokens`), the default for a policy; "video" keeps the best
             of the whole video (`topk_tokens`), the default for a function. Compressors have their own.
-        options: passed on to `select_tokens` or `topk_tokens`, for example `importance_ratio`.
+        options: of `select_tokens` (`importance_ratio`, `max_frame_ratio`, `fill`, `mode`, `check`) or of `topk_tokens`
+            (`check`).
 
     Returns:
         Arguments of `model.generate(**out)` and `model(**out)`: `inputs_embeds [B, L', D]` (Qwen3-VL: `input_ids` and
@@ -106,7 +107,7 @@ def prune_inputs(
         torch.Size([1, 4])
     """
     adapter = adapter_of(model)
-    check_selector(selector, keep_ratio, num_tokens, budget)
+    check_selector(selector, keep_ratio, num_tokens, budget, options)
     prompt = read(model, adapter, inputs)
     compacted, index = compact(prompt, *choose(selector, prompt, keep_ratio, num_tokens, budget, options))
     out = arguments(model, adapter, inputs, compacted)

@@ -21,12 +21,17 @@ _OTHERS = (
     (compressors.density_peaks, "a number of tokens per frame, not per video"),
 )
 
+# `order` is none of them: features are stored in the order of the prompt.
+_OPTIONS = {"frame": ("importance_ratio", "max_frame_ratio", "fill", "mode", "check"), "video": ("check",)}
+
 Selector = CompressionPolicy | Callable[..., Any]
 
 
-def check_selector(selector: Any, keep_ratio: float | None, num_tokens: Any, budget: str | None) -> None:
+def check_selector(
+    selector: Any, keep_ratio: float | None, num_tokens: Any, budget: str | None, options: dict[str, Any]
+) -> None:
     """What can be refused before a video is seen."""
-    function = selector.func if isinstance(selector, partial) else selector
+    function = _plain(selector)
     if not callable(selector):
         raise TypeError(
             f"{OP}: selector is a {type(selector).__name__}, it must be a CompressionPolicy, one of "
@@ -38,6 +43,14 @@ def check_selector(selector: Any, keep_ratio: float | None, num_tokens: Any, bud
             raise ValueError(f"{OP}: {other.__name__} needs {need}. Pass one of {names}.")
     if budget is not None:
         check_choice(OP, "budget", budget, ("frame", "video"))
+    if _is_compressor(selector):
+        known: tuple[str, ...] = ()
+        options = options if budget is None else {**options, "budget": budget}
+    else:
+        known = _OPTIONS[_budget_of(selector, budget)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{OP}: this selector takes no {name}; its options are {list(known)}. Leave it out.")
     parse_budget(OP, ((1, 1, 2**20),), keep_ratio, num_tokens if num_tokens is None else 1, 1.0, None, False)
 
 
@@ -54,26 +67,37 @@ def choose(
     grid = prompt.grid_thw
     counts = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
     kept = parse_budget(OP, grid, keep_ratio, num_tokens, 1.0, None, False).num_keep
-    function = selector.func if isinstance(selector, partial) else selector
-    if any(function is known for known in _OF_WHOLE_VIDEOS):
+    if _is_compressor(selector):
         return _compress(selector, prompt.video_embeds, grid, kept), tuple(kept)
     if isinstance(selector, CompressionPolicy):
         scores: PolicyScores = _policy_scores(selector, prompt)
         tokens, frames = scores.tokens, scores.frames
     else:
         tokens, frames = _call(selector, prompt), None
-    by_frame = budget == "frame" or (budget is None and isinstance(selector, CompressionPolicy))
-    if by_frame:
+    if _budget_of(selector, budget) == "frame":
         selection = select_tokens(tokens, frames, grid, **counts, **options)
     else:
         selection = topk_tokens(tokens, grid, **counts, **options)
     return selection.indices, selection.lengths
 
 
+def _plain(selector: Any) -> Any:
+    """The function itself of a `functools.partial`."""
+    return selector.func if isinstance(selector, partial) else selector
+
+
+def _is_compressor(selector: Any) -> bool:
+    return any(_plain(selector) is function for function in _OF_WHOLE_VIDEOS)
+
+
+def _budget_of(selector: Any, budget: str | None) -> str:
+    return budget or ("frame" if isinstance(selector, CompressionPolicy) else "video")
+
+
 def _compress(selector: Any, embeds: Tensor, grid: Grid, kept: list[int]) -> Tensor:
     first, parts = 0, []
     for (t, h, w), k in zip(grid, kept, strict=True):
-        if t == 1 and selector is compressors.evs:
+        if t == 1 and _plain(selector) is compressors.evs:
             raise ValueError(f"{OP}: evs compares frames, and the video {(t, h, w)} has one. Pass divprune.")
         video = embeds[first : first + t * h * w].view(t, h * w, -1)
         parts.append(selector(video, k).sort().values + first)
