@@ -191,16 +191,22 @@ def test_calls_without_a_video_run_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "assistant", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": object()}, {"assistant_early_exit": 1}]
+    ("option", "reason"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, "assisted decoding guesses"),
+        ({"assistant_model": object()}, "assisted decoding guesses"),
+        ({"assistant_early_exit": 1}, "assisted decoding guesses"),
+        ({"prefill_chunk_size": 4}, "chunks are cut from the ids"),
+        ({"generation_config": transformers.GenerationConfig(prefill_chunk_size=4)}, "chunks are cut from the ids"),
+    ],
 )
-def test_assisted_decoding_is_refused_with_the_reason(assistant):
+def test_modes_that_need_whole_prompts_are_refused_with_the_reason(option, reason):
     model, batch = hf.tiny("llava_onevision"), hf.batch("llava_onevision")
-    name = next(iter(assistant))
     with (
         compress(model, scores, keep_ratio=0.5),
-        pytest.raises(ValueError, match=f"compress: {name} is set, but assisted decoding .* Leave it out") as caught,
+        pytest.raises(ValueError, match=f"compress: .* is set, but {reason}.* Leave it out") as caught,
     ):
-        model.generate(**batch.inputs, **assistant)
+        model.generate(**batch.inputs, **option)
     assert "\n" not in str(caught.value)
 
 

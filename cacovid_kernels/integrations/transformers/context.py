@@ -15,7 +15,13 @@ from cacovid_kernels.integrations.transformers.prune import arguments, compact
 from cacovid_kernels.integrations.transformers.registry import adapter_of
 from cacovid_kernels.integrations.transformers.selectors import Selector, check_selector, choose
 
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_ASSISTED = "assisted decoding guesses and crops by ids and positions of whole prompts, which a compressed one lacks"
+_REFUSED = {
+    "assistant_model": _ASSISTED,
+    "prompt_lookup_num_tokens": _ASSISTED,
+    "assistant_early_exit": _ASSISTED,
+    "prefill_chunk_size": "chunks are cut from the ids, not from the embeddings of a compressed prompt",
+}
 _PROMPT = VISION_INPUTS | {"attention_mask"}
 
 
@@ -54,7 +60,7 @@ def compress(
         A `Compression`, whose `inputs` and `kept` tell of the last call.
 
     Raises:
-        ValueError: as `prune_inputs`; assisted decoding.
+        ValueError: as `prune_inputs`; assisted decoding, chunks of a prompt.
 
     Example:
         >>> from cacovid_kernels.compressors import divprune
@@ -75,7 +81,7 @@ def compress(
         if kwargs.get(adapter.pixels) is None:
             return original(inputs, generation_config, *args, **kwargs)
         config = model.generation_config if generation_config is None else generation_config
-        _refuse_assistants(config, kwargs)
+        _check_mode(config, kwargs)
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in _PROMPT}
         given["input_ids"] = ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         with torch.no_grad():
@@ -100,13 +106,10 @@ def compress(
             model.generate = own
 
 
-def _refuse_assistants(config: Any, kwargs: dict[str, Any]) -> None:
-    for name in _ASSISTED:
+def _check_mode(config: Any, kwargs: dict[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
         if kwargs.get(name, getattr(config, name, None)) is not None:
-            raise ValueError(
-                f"compress: {name} is set, but assisted decoding guesses and crops by the ids and positions of whole "
-                f"prompts, which a compressed one does not have. Leave it out, or use num_beams or do_sample."
-            )
+            raise ValueError(f"compress: {name} is set, but {reason}. Leave it out.")
 
 
 def _lengths(config: Any, kwargs: dict[str, Any], dropped: int) -> dict[str, int]:
