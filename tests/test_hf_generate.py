@@ -175,6 +175,7 @@ def test_the_call_looks_as_without_compression():
         stopped = {"eos_token_id": first, "do_sample": False, "max_new_tokens": NEW}
         assert model.generate(**batch.inputs, **stopped).shape[1] == length + 1
         assert model.generate(**batch.inputs, **stopped, min_length=length + 3).shape[1] >= length + 3
+        assert torch.equal(model.generate(**batch.inputs, **GREEDY, min_length=1), greedy)
         repeated = model.generate(**batch.inputs, **GREEDY, bad_words_ids=[[ids[0, -1].item(), first]])
         assert repeated[0, length] != first  # the pair starts with the prompt's last word
         assert compression.kept == (8,)
@@ -248,7 +249,9 @@ def test_without_a_row_of_text_positions_time_is_read_as_packed_sequences(family
 
 
 def test_positions_start_at_zero_where_the_video_came_first():
-    """Some versions of transformers look for position 0 to find where a sequence starts."""
+    """Variable-length attention finds the starts of sequences by their positions, some versions by position 0."""
+    from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
     model = hf.tiny("llava_onevision")
     batch = hf.batch("llava_onevision", [[("video", 4), ("text", 4)]])
     last = prune_inputs(model, batch.inputs, lambda x, grid: torch.arange(len(x)).float(), num_tokens=3)
@@ -256,3 +259,5 @@ def test_positions_start_at_zero_where_the_video_came_first():
     ends = torch.arange(16).remainder(15) == 0
     gap = prune_inputs(model, batch.inputs, lambda x, grid: ends.float(), num_tokens=2)
     assert gap["position_ids"].tolist() == [[0, 15, 16, 17, 18, 19, 20]]
+    (borders, _), _ = prepare_fa_kwargs_from_position_ids(gap["position_ids"])
+    assert borders.tolist() == [0, 7]

@@ -118,7 +118,7 @@ def _lengths(config: Any, kwargs: dict[str, Any], dropped: int) -> dict[str, int
     if kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None)) is None:
         limits["max_length"] = kwargs.get("max_length", getattr(config, "max_length", None))
     limits["min_length"] = kwargs.get("min_length", getattr(config, "min_length", None))
-    return {name: limit - dropped for name, limit in limits.items() if limit}
+    return {name: max(limit - dropped, 0) for name, limit in limits.items() if limit}
 
 
 def _whole_prompts(out: Any, ids: Any, length: int) -> Any:
