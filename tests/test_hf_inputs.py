@@ -254,7 +254,7 @@ def test_selectors_that_cannot_choose():
     refused(r"takes no importance_ratio; its options are \[\]", model, inputs, compressors.evs, importance_ratio=1.0)
     refused(r"takes no budget; its options are \[\]", model, inputs, compressors.evs, budget="video")
     refused(r"takes no order; its options are \['check'\]", model, inputs, order="score")
-    refused(r"takes no fills; .* 'fill'", model, inputs, budget="frame", fills="none")
+    refused(r"takes no fills; .* 'fill'", model, inputs, budget="frames", fills="none")
     refused("budget='token' must be one of", model, inputs, budget="token")
     narrow = ck.CompressionPolicy(ck.PolicyConfig(16, 32, 4, 2)).eval()
     refused("the policy has hidden_size=16, the model 32", model, inputs, narrow)

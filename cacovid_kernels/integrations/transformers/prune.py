@@ -70,7 +70,7 @@ def prune_inputs(
         keep_ratio: share of each video's tokens that is kept, in (0, 1].
         num_tokens: tokens kept per video instead, one number or one per video.
         labels: `[B, L]` for training, compacted like the tokens; -100 at padding. May also stand in `inputs`.
-        budget: "frame" gives each frame a budget (`select_tokens`), the default for a policy; "video" keeps the best
+        budget: "frames" gives each frame a budget (`select_tokens`), the default for a policy; "video" keeps the best
             of the whole video (`topk_tokens`), the default for a function. Compressors have their own.
         options: of `select_tokens` (`importance_ratio`, `max_frame_ratio`, `fill`, `mode`, `check`) or of `topk_tokens`
             (`check`).

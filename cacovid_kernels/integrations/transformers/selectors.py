@@ -22,7 +22,7 @@ _OTHERS = (
 )
 
 # `order` is none of them: features are stored in the order of the prompt.
-_OPTIONS = {"frame": ("importance_ratio", "max_frame_ratio", "fill", "mode", "check"), "video": ("check",)}
+_OPTIONS = {"frames": ("importance_ratio", "max_frame_ratio", "fill", "mode", "check"), "video": ("check",)}
 
 Selector = CompressionPolicy | Callable[..., Any]
 
@@ -42,7 +42,7 @@ def check_selector(
             names = [f.__name__ for f in _OF_WHOLE_VIDEOS]
             raise ValueError(f"{OP}: {other.__name__} needs {need}. Pass one of {names}.")
     if budget is not None:
-        check_choice(OP, "budget", budget, ("frame", "video"))
+        check_choice(OP, "budget", budget, ("frames", "video"))
     if _is_compressor(selector):
         known: tuple[str, ...] = ()
         options = options if budget is None else {**options, "budget": budget}
@@ -74,7 +74,7 @@ def choose(
         tokens, frames = scores.tokens, scores.frames
     else:
         tokens, frames = _call(selector, prompt), None
-    if _budget_of(selector, budget) == "frame":
+    if _budget_of(selector, budget) == "frames":
         selection = select_tokens(tokens, frames, grid, **counts, **options)
     else:
         selection = topk_tokens(tokens, grid, **counts, **options)
@@ -91,7 +91,7 @@ def _is_compressor(selector: Any) -> bool:
 
 
 def _budget_of(selector: Any, budget: str | None) -> str:
-    return budget or ("frame" if isinstance(selector, CompressionPolicy) else "video")
+    return budget or ("frames" if isinstance(selector, CompressionPolicy) else "video")
 
 
 def _compress(selector: Any, embeds: Tensor, grid: Grid, kept: list[int]) -> Tensor:
