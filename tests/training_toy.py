@@ -54,7 +54,8 @@ BRIGHT = Reward(keeps_bright, keeps_bright)
 def toy_config(output: object, **changes: object) -> TrainConfig:
     """Small and quick: three tokens of sixteen per frame."""
     values = {
-        "output": str(output), "keep_ratio": 0.125, "min_keep_ratio": 0.125, "max_keep_ratio": 0.125,
+        "output": str(output), "sampler": "combinations",
+        "keep_ratio": 0.125, "min_keep_ratio": 0.125, "max_keep_ratio": 0.125,
         "num_token": 11, "num_frame": 4, "num_content": 1, "frame_ratio": 0.25, "num_iterations": 2,
         "learning_rate": 1e-3, "decoder_lr_scale": 0.3, "batch_size": 2, "max_steps": 6, "save_every": 2, "seed": 3,
     }  # fmt: skip
