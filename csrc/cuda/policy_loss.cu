@@ -252,7 +252,7 @@ __device__ __forceinline__ void store_gradient(T* out, int64_t token, bool pairs
 }
 
 template <bool WithDivergence>
-__global__ void __launch_bounds__(loss_threads) loss_kernel(const __grid_constant__ LossParams p) {
+__global__ void __launch_bounds__(loss_threads, 4) loss_kernel(const __grid_constant__ LossParams p) {
   const Division at = divide(blockIdx.x, p.video_blocks);
   const int64_t video = at.quotient, token = at.remainder * loss_threads + threadIdx.x;
   double loss = 0.0;
