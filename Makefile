@@ -34,7 +34,7 @@ demo: $(VENV)/.built  ## run the main job on a clip that it renders itself
 results: $(VENV)/.built  ## what the procedural world's policy keeps of the answers, beside other rules: docs/results
 	$(call timed,results,$(PY) -m cacovid_kernels.demo.world.evaluate --out docs/results/compression.json && $(PY) -m cacovid_kernels.demo.world.report docs/results)
 
-study: $(VENV)/.built  ## which sampler learns fastest: 27 short trainings, about 70 minutes of one core
+study: $(VENV)/.built  ## which sampler learns fastest: 27 short trainings, one after another; what is in the file is not run again
 	$(call timed,study,$(PY) -m cacovid_kernels.demo.world.study --out docs/results/samplers.jsonl && $(PY) -m cacovid_kernels.demo.world.report docs/results)
 
 # For tests: `python -m pytest` would import the checkout instead of build/emulated.

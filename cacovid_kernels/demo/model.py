@@ -79,11 +79,12 @@ class VideoModel:
         )
         if {config.video_token_id, config.image_token_id} & set(after):
             raise UserError("question: it must not contain <video> or <image>. Leave the placeholder out.")
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in after:
-            words = [w for w in question.split() if unknown in self.tokenizer(w, add_special_tokens=False)["input_ids"]]
-            known = ", ".join(sorted(word for word in self.tokenizer.get_vocab() if word.isalpha()))
-            raise UserError(f"question: the model has no word {', '.join(words)}. It knows: {known}.")
+        unknown, vocabulary = self.tokenizer.unk_token_id, self.tokenizer.get_vocab()
+        words = [w for w in question.split() if unknown in self.tokenizer(w, add_special_tokens=False)["input_ids"]]
+        if words:
+            few = sorted(word for word in vocabulary if word.isalpha()) if len(vocabulary) < 200 else []
+            known = f" It knows: {', '.join(few)}." if few else " Say it in other words."
+            raise UserError(f"question: the model has no word {', '.join(words)}.{known}")
         ids = before + [config.video_token_id] * (num_video_tokens + 1) + after
         return torch.tensor([ids], device=self.device)
 

@@ -191,9 +191,8 @@ def _scene(options: Options, folder: Path, progress: Callable[[float], None]) ->
         sample = WorldRows(seed=DEMO_SEED)[options.seed]
         video = folder / "clip.mkv"
         write_lossless(sample.frames, video)
-        if options.question in (None, sample.question):
-            return Scene(video, sample.question, sample.answer)
-        return Scene(video, options.question or "")
+        question = options.question or sample.question
+        return Scene(video, question, sample.answer if question == sample.question else None)
     video = options.video or folder / "clip.mp4"
     if options.video is None:
         render_clip(video, seed=options.seed, progress=progress)

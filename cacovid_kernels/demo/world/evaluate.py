@@ -92,7 +92,7 @@ def evaluate(
         network: a frozen LLaVA-OneVision of the world.
         tokenizer: its tokenizer.
         rules: by name; each says which tokens of a sample stay.
-        ratios: shares of the video's tokens that stay, rounded to whole tokens.
+        ratios: shares of the video's tokens that stay, in (0, 1], rounded to whole tokens, at least one.
         count: videos, one question each.
         seed: of the world.
         config: size of the world; the default world when absent.
@@ -100,7 +100,7 @@ def evaluate(
     config = config or WorldConfig()
     everything = torch.arange(config.tokens)
     scores = [Score(ALL, 1.0, config.tokens)]
-    scores += [Score(name, ratio, round(ratio * config.tokens)) for name in rules for ratio in ratios]
+    scores += [Score(name, ratio, max(round(ratio * config.tokens), 1)) for name in rules for ratio in ratios]
     for kind, sample in samples(network, tokenizer, config, seed, count):
         for score in scores:
             if score.rule == ALL:
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def policy_rules(network: Any, trained: CompressionPolicy) -> dict[str, Rule]:
-    """A trained policy's rules, and those of the policy that its training began with."""
+    """A trained policy's rules, and that of a policy as training begins: the model's first layer, random heads."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         untrained = CompressionPolicy.from_language_model(network.model.language_model)
@@ -139,6 +139,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the counts, as JSON")
     arguments = parser.parse_args()
+    if arguments.count < 1 or not all(0 < ratio <= 1 for ratio in arguments.ratios):
+        parser.error(f"--count={arguments.count} must be at least 1 and --ratios={arguments.ratios} in (0, 1].")
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from cacovid_kernels.demo import UserError
 from cacovid_kernels.demo.model import VideoModel, load_model
 from cacovid_kernels.demo.world import MODEL
 from cacovid_kernels.demo.world.evaluate import evaluate
@@ -92,7 +93,11 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = load_model(arguments.model)
+    try:
+        model = load_model(arguments.model)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rows: list[Sample] = []  # the same for all runs, each in its own order
     for first in range(0, 16 * arguments.steps, 64):
         rows += WorldRows().samples(range(first, min(first + 64, 16 * arguments.steps)))
