@@ -7,6 +7,17 @@ from torch import Tensor
 compiler: str
 cpu_isa: str
 
+def attention_scores(
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    row_positions: Tensor | None,
+    scale: float,
+    per_head: bool,
+    threads: int,
+    scores: Tensor,
+    /,
+) -> None: ...
 def sample_combinations(
     token_scores: Tensor,
     frame_scores: Tensor | None,

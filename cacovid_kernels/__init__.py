@@ -5,6 +5,7 @@ from __future__ import annotations
 from cacovid_kernels._backend import backends, use_backend
 from cacovid_kernels.combinations import Combinations
 from cacovid_kernels.kv import PackedKV, PagedKV, RaggedKeep, Rope
+from cacovid_kernels.ops.attention import attention_scores
 from cacovid_kernels.ops.combinations import sample_combinations
 from cacovid_kernels.ops.gather import gather_tokens
 from cacovid_kernels.ops.paged import repack_paged_kv
@@ -32,6 +33,7 @@ __all__ = [
     "Selection",
     "Status",
     "allocate_budget",
+    "attention_scores",
     "backends",
     "combination_policy_loss",
     "combination_sums",

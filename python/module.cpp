@@ -1,6 +1,7 @@
 #include "convert.h"
 
 namespace cacovid::python {
+void bind_attention(py::module_&);
 void bind_combinations(py::module_&);
 void bind_gather(py::module_&);
 void bind_paged(py::module_&);
@@ -24,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native engine of cacovid_kernels.";
   m.attr("compiler") = CACOVID_COMPILER;
   m.attr("cpu_isa") = cacovid::cpu::isa_name();
+  cacovid::python::bind_attention(m);
   cacovid::python::bind_combinations(m);
   cacovid::python::bind_gather(m);
   cacovid::python::bind_paged(m);

@@ -24,6 +24,7 @@ struct KeyRow {
   int32_t status;
 };
 
+struct AttentionLoops;    // attention_loops.h
 struct CombinationLoops;  // combination_loops.h
 struct NoiseLoops;        // noise_loops.h
 struct PolicyLoops;       // policy_loops.h
@@ -51,6 +52,7 @@ struct HotLoops {
   void (*pool_frame)(const void* hidden, DType dtype, const FrameShape& shape, float eps, float* rrms, float* mean,
                      float* sums);
 
+  const AttentionLoops* attention;
   const CombinationLoops* combinations;
   const NoiseLoops* noise;
   const PolicyLoops* policy;

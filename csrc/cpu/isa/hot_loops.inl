@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #endif
 
+#include "isa/attention_loops.inl"
 #include "isa/combination_draws.inl"
 #include "isa/hot_loops.h"
 #include "isa/noise_loops.inl"
@@ -15,8 +16,16 @@
 namespace cacovid::cpu {
 
 extern const HotLoops CACOVID_LOOPS;
-const HotLoops CACOVID_LOOPS = {
-    CACOVID_LOOPS_NAME,      load_keys,         top_masks,          set_ranked_zeros, list_bits, pool_frame,
-    &combination_loop_table, &noise_loop_table, &policy_loop_table, &row_loop_table};
+const HotLoops CACOVID_LOOPS = {CACOVID_LOOPS_NAME,
+                                load_keys,
+                                top_masks,
+                                set_ranked_zeros,
+                                list_bits,
+                                pool_frame,
+                                &attention_loop_table,
+                                &combination_loop_table,
+                                &noise_loop_table,
+                                &policy_loop_table,
+                                &row_loop_table};
 
 }  // namespace cacovid::cpu

@@ -3,6 +3,8 @@
 // Four rows advance together, so that the column sums are loaded and stored once for every four rows.
 // Sixteen lanes everywhere, whatever the registers' width: the order of every addition, hence every bit,
 // is the same for all instruction sets.
+#pragma once
+
 #include <cmath>
 #include <type_traits>
 

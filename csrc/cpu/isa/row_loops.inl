@@ -1,4 +1,6 @@
 // Included by hot_loops.inl: copies and sums of rows.
+#pragma once
+
 #include <cstring>
 #if defined(__SSE2__)
 #include <immintrin.h>

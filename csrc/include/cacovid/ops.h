@@ -79,6 +79,18 @@ void gumbel_noise(const uint32_t* bits, int64_t n, float* noise);
 void frame_pool(Tensor hidden, const int64_t* grid_thw, int64_t videos, float eps, int threads, float* rrms,
                 float* frame_mean);
 
+// ---- attention ----------------------------------------------------------------------------------
+struct AttentionRule {
+  float scale;    // of the products
+  bool per_head;  // one row of scores for every key head, else their mean
+};
+
+// query [B, H, R, D], keys [B, K, L, D] f32 | f16 | bf16, both alike, K divides H; mask [B, L] b8 or undefined (no
+// padding); row_positions [B, R] i64, the last key that a row sees, or undefined (all) -> scores [B, L], per_head
+// [B, K, L]: mean over rows and heads of softmax(scale * query keys^T), over the rows that see a key.
+void attention_scores(Tensor query, Tensor keys, Tensor mask, Tensor row_positions, AttentionRule rule, int threads,
+                      float* scores);
+
 // ---- gather -------------------------------------------------------------------------------------
 // For every t: targets[t] = xs[t] with its axis dims[t] replaced by the index [kept] i64, contiguous, same bytes.
 // Any dtype and strides. An index outside the axis reads nothing and gives zeros. `fresh`: the targets were
