@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cacovid_kernels.compressors._keep import check_count, keep_largest
+from cacovid_kernels.ops.attention import attention_scores
 
 
 def fastv(query: Tensor, keys: Tensor, video_mask: Tensor, num_tokens: int) -> Tensor:
@@ -13,8 +14,9 @@ def fastv(query: Tensor, keys: Tensor, video_mask: Tensor, num_tokens: int) -> T
     Only the last row of the attention is computed, so the model may run any attention kernel.
 
     Args:
-        query: `[..., H, D]` real, of the last word in decoder layer 2 (counted from 1), rotated and unscaled.
-        keys: `[..., K, L, D]` real, of the whole prompt in that layer, rotated; K divides H.
+        query: `[..., H, D]` float32, bfloat16 or float16, of the last word in decoder layer 2
+            (counted from 1), rotated and unscaled.
+        keys: `[..., K, L, D]` of the same dtype, of the whole prompt in that layer, rotated; K divides H.
         video_mask: `[..., L]` bool, the video tokens; as many in every prompt.
         num_tokens: tokens kept per video, 0 to N.
 
@@ -39,9 +41,10 @@ def fastv(query: Tensor, keys: Tensor, video_mask: Tensor, num_tokens: int) -> T
             f"fastv: query [..., H, D], keys [..., K, L, D] and video_mask [..., L] must fit "
             f"(query: {list(query.shape)}, keys: {list(keys.shape)}, video_mask: {list(video_mask.shape)})."
         )
-    rows = query.unflatten(-2, (groups, heads // groups)).float()
-    logits = rows @ keys.float().transpose(-1, -2) * query.shape[-1] ** -0.5  # [..., K, H / K, L]
-    attention = logits.softmax(-1).mean((-3, -2))  # [..., L]
+    lead, prompt = query.shape[:-2], keys.shape[-2]
+    attention = attention_scores(
+        query.detach().reshape(-1, heads, 1, query.shape[-1]), keys.detach().reshape(-1, *keys.shape[-3:])
+    ).view(*lead, prompt)
     check_count("fastv", num_tokens, attention.shape[-1])
     # Video tokens before all others, in the order of their attention.
     kept = keep_largest(attention.masked_fill(~video_mask, -1.0), num_tokens)
