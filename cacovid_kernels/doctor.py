@@ -214,8 +214,15 @@ def _score(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
     return tokens, frames
 
 
+def _attention(generator: torch.Generator, device: str) -> tuple[Tensor, ...]:
+    query = torch.randn(2, 4, 3, 16, generator=generator).to(device)
+    keys = torch.randn(2, 2, 90, 16, generator=generator).to(device)
+    return (ck.attention_scores(query, keys, row_positions=torch.tensor([60, 80, 89], device=device)),)
+
+
 PROBES: dict[str, Probe] = {
     "score_tokens": _score,
+    "attention_scores": _attention,
     "select_tokens": _select,
     "segmented_topk": _topk,
     "gumbel_topk": _sample,

@@ -290,10 +290,31 @@ inline OpCall call_combinations(Random& random) {
   };
 }
 
+inline OpCall call_attention(Random& random) {
+  const int64_t batch = random.some(3), key_heads = random.size(1, 3), heads = key_heads * random.size(1, 7);
+  const int64_t rows = random.some(5), count = random.size(0, 90), columns = random.size(1, 40);
+  const DType dtype = random_score_type(random);
+  const auto tensor = [&](DType type, const std::vector<int64_t>& sizes) {
+    return std::make_shared<RandomTensor>(random, type, sizes, hostile_values(random));
+  };
+  const auto query = tensor(dtype, {batch, heads, rows, columns}),
+             keys = tensor(dtype, {batch, key_heads, count, columns});
+  const auto mask = tensor(DType::u8, {batch, count}), positions = tensor(DType::i64, {batch, rows});
+  mask->view.dtype = DType::b8;
+  const bool masked = random.chance(50), causal = random.chance(50);
+  const cpu::AttentionRule rule = {static_cast<float>(random.real()), random.chance(50)};
+  return [=](int threads) {
+    Outputs out;
+    cpu::attention_scores(query->view, keys->view, masked ? mask->view : Tensor{}, causal ? positions->view : Tensor{},
+                          rule, threads, out.add_f32(batch * count * (rule.per_head ? key_heads : 1)));
+    return out.digest();
+  };
+}
+
 inline OpCall random_call(Random& random) {
   using Maker = OpCall (*)(Random&);
-  constexpr Maker makers[] = {call_select, call_topk,  call_pool,   call_gather,   call_scatter,
-                              call_repack, call_paged, call_gumbel, call_log_prob, call_combinations};
+  constexpr Maker makers[] = {call_select, call_topk,   call_pool,     call_gather,       call_scatter,  call_repack,
+                              call_paged,  call_gumbel, call_log_prob, call_combinations, call_attention};
   return makers[random.range(0, static_cast<int64_t>(std::size(makers)) - 1)](random);
 }
 
