@@ -73,9 +73,14 @@ def policy_loss(token, frame, rows, i):
     return sums.loss(token.flatten(), rows[:, 0]), loss
 
 
+def attention(token, frame, rows, i):
+    query, keys = rows[:3].view(1, 1, 3, -1).expand(1, 2, 3, -1), rows.view(1, 1, *rows.shape)
+    return ck.attention_scores(query, keys, row_positions=torch.arange(3) + rows.shape[0] - 3)
+
+
 CALLS = [
     select, select_strictly, select_a_number, budget, best_of_segments, gumbel, combinations, gather, repack, paged,
-    policy_loss,
+    policy_loss, attention,
 ]  # fmt: skip
 
 
