@@ -4,6 +4,8 @@ The keys are read twice and the products computed twice; nothing of the attentio
 are added by one program, in order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,9 +14,19 @@ from torch import Tensor
 from cacovid_kernels.triton.exact import double_of
 from cacovid_kernels.triton.launch import block, double_bits, launch
 
-KEYS = 64  # of a tile
-FEW_ROWS, MANY_ROWS = 16, 64  # of a tile: the least that tensor cores take, and what the keys' traffic pays for
-COLUMNS = 128  # of one step along a product
+
+class Tile(NamedTuple):
+    """What one step of a program multiplies: [rows, columns] by [columns, keys]."""
+
+    rows: int
+    keys: int
+    columns: int
+
+
+# The fewest rows that tensor cores take, and as many as pay for the keys' traffic; more would spill registers.
+FEW, MANY = Tile(16, 64, 64), Tile(64, 64, 64)
+FLOAT32_FEW, FLOAT32_MANY = Tile(16, 32, 32), Tile(32, 32, 32)
+LIMITS = {"num_warps": 8, "num_stages": 2, "maxnreg": 255}  # left alone, ptxas spills some for more programs at a time
 PART = 1024  # keys whose statistics one program finds, more where there would be more than PARTS of them
 PARTS = 64
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands for a product of -inf that a row sees; -inf for what it does not
@@ -154,9 +166,10 @@ def attention_scores(
     scores = torch.empty((b, k, n) if per_head else (b, n), dtype=torch.float32, device=keys.device)
     if r == 0:
         return scores.zero_()
-    rows = FEW_ROWS if h // k * r <= FEW_ROWS else MANY_ROWS
-    blocks = triton.cdiv(h // k * r, rows)
-    part = max(PART, triton.cdiv(triton.cdiv(n, PARTS), KEYS) * KEYS)  # of the number of keys alone
+    few, many = (FEW, MANY) if keys.element_size() == 2 else (FLOAT32_FEW, FLOAT32_MANY)
+    tile = few if h // k * r <= few.rows else many
+    blocks = triton.cdiv(h // k * r, tile.rows)
+    part = max(PART, triton.cdiv(triton.cdiv(n, PARTS), tile.keys) * tile.keys)  # of the number of keys alone
     parts = triton.cdiv(n, part)
     tops, sums = scores.new_empty(b, k, parts, h // k * r), scores.new_empty(b, k, parts, h // k * r)
     if mask is not None:
@@ -165,15 +178,15 @@ def attention_scores(
         *query.stride(), *keys.stride(), *(mask.stride() if mask is not None else (0, 0)),
         *(row_positions.stride() if row_positions is not None else (0, 0)),
     )  # fmt: skip
-    tile = {"ROWS": rows, "KEYS": KEYS, "COLUMNS": min(COLUMNS, block(d))}
+    options = {"ROWS": tile.rows, "KEYS": tile.keys, "COLUMNS": min(tile.columns, block(d)), **LIMITS}
     bits = double_bits(scale)
     launch(
         _statistics_kernel, (b * k * blocks * parts,), query, keys, mask, row_positions, tops, sums, r, h // k, k, n, d,
-        parts, part, blocks, bits, *strides, **tile,
+        parts, part, blocks, bits, *strides, **options,
     )  # fmt: skip
-    tiles = triton.cdiv(n, KEYS)
+    tiles = triton.cdiv(n, tile.keys)
     launch(
         _scores_kernel, (b * (k if per_head else 1) * tiles,), query, keys, mask, row_positions, tops, sums, scores, r,
-        h // k, k, n, d, parts, blocks, tiles, bits, *strides, PER_HEAD=per_head, PARTS=block(parts, 1), **tile,
+        h // k, k, n, d, parts, blocks, tiles, bits, *strides, PER_HEAD=per_head, PARTS=block(parts, 1), **options,
     )  # fmt: skip
     return scores

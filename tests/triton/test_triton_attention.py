@@ -24,7 +24,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
-    monkeypatch.setattr(attention, "PART", attention.KEYS)  # as prompts of tens of thousands of keys have
+    monkeypatch.setattr(attention, "PART", attention.MANY.keys)  # as prompts of tens of thousands of keys have
 
 
 @pytest.fixture
