@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from baselines.attention import fewest_copies, softmax_of_products
 from torch import Tensor
 
 import cacovid_kernels as ck
 
 KEYS = 6272
-
-
-def softmax_of_products(query: Tensor, keys: Tensor) -> Tensor:
-    """The usual lines, in the dtype of the model: repeated keys, products, a float32 softmax, the mean."""
-    repeated = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
-    logits = query @ repeated.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return logits.softmax(-1, dtype=torch.float32).mean((1, 2))
-
-
-def fewest_copies(query: Tensor, keys: Tensor) -> Tensor:
-    """The same with the rows of a key head side by side, so that keys are read once."""
-    rows = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1]) * query.shape[-1] ** -0.5
-    return (rows @ keys.transpose(-1, -2)).softmax(-1, dtype=torch.float32).mean(2).mean(1)
 
 
 def problems(rows: int, heads: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

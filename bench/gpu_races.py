@@ -7,8 +7,10 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
+from baselines import attention as attentions
 from baselines import combinations as combos
 from baselines import paged as pageds
+from baselines import policy_loss as losses
 from baselines import repack as repacks
 from baselines import score as scores
 from baselines import select as selects
@@ -342,6 +344,63 @@ def frame_pool(gpu: Device) -> Race:
     return Race("score", f"frame means, row norms {n} x {size}", contestants, inputs, close, moved, rotates=True)
 
 
+def attention(gpu: Device, rows: int) -> Race:
+    dtype = gpu.pick(torch.bfloat16, torch.float32)  # Triton's interpreter multiplies bfloat16 wrongly
+    heads, key_heads, n, size = gpu.pick((28, 4, 6272, 128), (4, 2, 70, 16))
+    sets = gpu.pick(max(2, -(-3 * gpu.l2_bytes // (2 * key_heads * n * size))), 2)
+    inputs = [
+        (normal(gpu, i, 1, heads, rows, size, dtype=dtype), normal(gpu, 1000 + i, 1, key_heads, n, size, dtype=dtype))
+        for i in range(sets)
+    ]
+    contestants = {
+        "ours": ck.attention_scores,
+        "fewest copies": attentions.fewest_copies,
+        "torch.compile of it": gpu.compile(attentions.fewest_copies, dynamic=False),
+        "softmax of products": attentions.softmax_of_products,
+    }
+    moved = 2 * size * (key_heads * n + heads * rows) + 4 * n
+    return Race(
+        "attention_scores", f"{rows} rows of {heads} heads, {n} keys of {key_heads} heads x {size} bfloat16",
+        contestants, inputs, _scores_close, moved, operations=2 * heads * rows * n * size, rotates=not gpu.dry,
+    )  # fmt: skip
+
+
+def _scores_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Products that are rounded to bfloat16 leave a share of a score of 2^-8 times a logit."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0.1, atol=1e-5)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def policy_loss(gpu: Device) -> Race:
+    """Loss and gradient; masks packed as the sampler leaves them for us, bool for the others."""
+    n, g = gpu.pick((32 * 196, 115), (60, 4))
+    inputs = []
+    for i in range(gpu.pick(4, 1)):
+        logits, old = normal(gpu, 4 * i, n, 2), normal(gpu, 4 * i + 1, n, 2)
+        masks, rewards = normal(gpu, 4 * i + 2, g, n) > 1.28, normal(gpu, 4 * i + 3, g)
+        inputs.append((logits.requires_grad_(), logits.detach() + 0.2 * old, masks, rewards))
+
+    def with_gradient(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+            loss = call(logits, *others)
+            return loss, torch.autograd.grad(loss, logits)[0]
+
+        return run
+
+    calls = {
+        "ours": ck.combination_policy_loss,
+        "fewest passes": losses.fewest_passes,
+        "torch.compile of it": gpu.compile(losses.fewest_passes, dynamic=False),
+        "published formula": losses.published_formula,
+    }
+    return Race(
+        "policy_loss", f"loss and gradient, {g} x {n}", {name: with_gradient(call) for name, call in calls.items()},
+        inputs, close, bytes=g * n + 3 * 8 * n + 8 * n,
+    )  # fmt: skip
+
+
 def races(gpu: Device) -> Iterator[tuple[str, Callable[[], Race]]]:
     """Keys, by which the aims name them, and how each race is made."""
     yield "select T=32", lambda: select(gpu, 32, True)
@@ -359,12 +418,15 @@ def races(gpu: Device) -> Iterator[tuple[str, Callable[[], Race]]]:
     yield "paged 10%", lambda: paged(gpu, 10)
     yield "repack rope", lambda: repack(gpu, 10, False, rope=True)
     yield "both heads", lambda: both_heads(gpu)
+    yield "attention 32 rows", lambda: attention(gpu, 32)
+    yield "policy loss", lambda: policy_loss(gpu)
     yield "gather a prompt", lambda: gather_prompt(gpu)
     yield "gather gradient", lambda: gather_gradient(gpu)
     if gpu.dry:  # the rest are the same lines at other sizes
         return
     for frames, percent in [(512, 25), (768, 10), (768, 25), (128, 25), (128, 10), (64, 25), (64, 10), (32, 25)]:
         yield f"gather T={frames} {percent}%", lambda t=frames, percent=percent: gather(gpu, t, percent, False)
+    yield "attention 1 row", lambda: attention(gpu, 1)
     yield "repack 25%", lambda: repack(gpu, 25, False)
     yield "repack 25% in place", lambda: repack(gpu, 25, True)
     yield "paged 25%", lambda: paged(gpu, 25)

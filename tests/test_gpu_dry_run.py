@@ -69,6 +69,8 @@ def test_bench(runs):
         "repack",
         "paged",
         "score",
+        "attention_scores",
+        "policy_loss",
         "gate",
     }
     ours = [row for row in rows if row.get("contestant", "").startswith("ours")]

@@ -271,6 +271,23 @@ def _frame_pool(small: bool) -> Problem:
     return Problem("score", make, run, frozenset({"rrms", "means"}))
 
 
+def _attention(small: bool) -> Problem:
+    heads, key_heads, rows, n, size = (4, 2, 3, 70, 16) if small else (28, 4, 32, 6272, 128)
+
+    def make(seed: int) -> Tensors:
+        return {
+            "query": normal(seed, 1, heads, rows, size, dtype=torch.float32),
+            "keys": normal(seed + 1, 1, key_heads, n, size, dtype=torch.float32),
+            "mask": normal(seed + 2, 1, n) > -1,
+            "positions": torch.arange(n - rows, n),
+        }
+
+    def run(x: Tensors) -> Tensors:
+        return {"scores": ck.attention_scores(x["query"], x["keys"], mask=x["mask"], row_positions=x["positions"])}
+
+    return Problem("attention", make, run, frozenset({"scores"}))
+
+
 def problems(small: bool) -> dict[str, Problem]:
     """Every op once or more, at the size of a 7B model's prompt or, `small`, at one for an interpreter."""
     return {
@@ -294,6 +311,7 @@ def problems(small: bool) -> dict[str, Problem]:
         "paged to free blocks": _paged(small, in_place=False),
         "paged with rope": _paged(small, in_place=True, rope=True),
         "frame_pool": _frame_pool(small),
+        "attention": _attention(small),
     }
 
 

@@ -20,7 +20,7 @@ import cacovid_kernels as ck
 from cacovid_kernels.ops import paged as paged_ops
 from cacovid_kernels.ops import repack as repack_ops
 
-from .problems import Problem, Tensors, fields
+from .problems import SCALE, Problem, Tensors, fields
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 ANY = [*FLOATS, torch.float64, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool]
@@ -331,6 +331,31 @@ def paged(dice: Dice, most: int, in_place: bool = False) -> Problem:
     return Problem("paged", lambda seed: inputs, run)
 
 
+def attention(dice: Dice, most: int) -> Problem:
+    """Rows that see all, some or none of the keys; products of 0, tied or huge, some NaN or infinite."""
+    rng = dice.structure
+    b, k, group, d = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 5), rng.choice([1, 16, 40, 128, 200])
+    r, n = rng.randint(0, most), rng.randint(0, 20 * most)
+    query = scores(dice, b * k * group * r * d).view(b, k * group, r, d)
+    if SCALE == "dry" and query.dtype == torch.bfloat16:  # Triton's interpreter multiplies it wrongly
+        query = query.float()
+    keys = torch.randn(b, k, d, n, generator=dice.generator()).transpose(2, 3) / math.sqrt(d)
+    inputs: Tensors = {"query": query, "keys": keys.to(query.dtype)}
+    if rng.random() < 0.5:
+        inputs["mask"] = torch.rand(b, n, generator=dice.generator()) < dice.values.random()
+    if rng.random() < 0.5:
+        inputs["positions"] = torch.randint(-2, n + 2, (b, r), generator=dice.generator())
+    per_head = rng.random() < 0.3
+
+    def run(x: Tensors) -> Tensors:
+        found = ck.attention_scores(
+            x["query"], x["keys"], mask=x.get("mask"), row_positions=x.get("positions"), scale=1.0, per_head=per_head
+        )
+        return {"scores": found}
+
+    return Problem("attention", lambda seed: inputs, run, frozenset({"scores"}))
+
+
 class Family(NamedTuple):
     make: Callable[[Dice, int], Problem]
     cases: int
@@ -339,7 +364,7 @@ class Family(NamedTuple):
 
 # 12,000 cases in all.
 RANDOM = {
-    "select": Family(select, 2500, 250),
+    "select": Family(select, 2000, 200),
     "topk": Family(topk, 1500, 150),
     "sample": Family(sample, 1500, 60),
     "combinations": Family(combinations, 1500, 20),
@@ -348,6 +373,7 @@ RANDOM = {
     "gradient": Family(gradient, 500, 50),
     "repack": Family(repack, 1500, 100),
     "paged": Family(paged, 1000, 100),
+    "attention": Family(attention, 500, 50),
 }
 
 

@@ -14,6 +14,7 @@ from .problems import SOME, normal, on, problems
 LAUNCHES = {
     "select float32": 1, "select bfloat16": 1, "select float16": 1, "budget": 1, "top-k of rows": 1, "gumbel": 1,
     "combinations": 1, "gather": 1, "repack": 1, "paged in place": 2, "paged to free blocks": 2, "frame_pool": 2,
+    "attention": 2,
 }  # fmt: skip
 
 
