@@ -204,8 +204,8 @@ def test_no_trace_is_left(family):
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
-def refused(message, options=(), call=(), error=ValueError, inputs=None):
-    model, batch = hf.tiny("llava_onevision"), hf.batch("llava_onevision")
+def refused(message, options=(), call=(), error=ValueError, family="llava_onevision"):
+    model, batch = hf.tiny(family), hf.batch(family)
     with (
         pytest.raises(error, match=message) as caught,
         compress(model, **{"keep_ratio": 0.5, "stage": "kv", **dict(options)}),
@@ -221,7 +221,7 @@ def test_what_cannot_be_served_is_named():
     refused("selector is a str, it must be", {"selector": "attention"}, error=TypeError)
     refused("takes no fills", {"fills": "none"})
     refused(r"num_tokens=17 must be in \[1, 16\]", {"keep_ratio": None, "num_tokens": 17})
-    refused("generate runs with no cache", call={"use_cache": False})
+    refused("generate runs with no cache", call={"use_cache": False}, family="qwen3_vl")
     refused(r"runs with a StaticCache of \['StaticLayer'\]", call={"cache_implementation": "static"})
     refused("prompt_lookup_num_tokens is set", call={"prompt_lookup_num_tokens": 2})
     cache = transformers.DynamicCache()

@@ -148,7 +148,7 @@ def _check_mode(config: Any, kwargs: dict[str, Any]) -> None:
     if cache is not None and int(cache.get_seq_length()):
         raise ValueError(
             f"{_OP}: past_key_values hold {int(cache.get_seq_length())} tokens of another prompt, and a prompt with a "
-            f"video starts anew. Pass an empty cache or none; for a second question on a compressed cache use next_turn."
+            f"video starts anew. Pass an empty cache or none; for a second question on this cache use next_turn."
         )
 
 
