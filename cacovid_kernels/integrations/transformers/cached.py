@@ -45,7 +45,7 @@ class CacheCompaction:
         full, length = prompt.input_ids.shape[1], self._mask.shape[1]
         self._row, self._column = prompt.tokens // full, prompt.tokens % full - (full - length)
         self._cache: Any = None
-        self._query: Tensor | None = None
+        self._query: Any = None  # [B * copies, H, R, D], once the prompt was read
 
     @contextmanager
     def hooks(self, model: Any) -> Iterator[None]:

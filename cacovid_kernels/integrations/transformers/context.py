@@ -112,8 +112,9 @@ def compress(
             prompt = read(model, adapter, given)
             check_counts(prompt, keep_ratio, num_tokens)
             choice = functools.partial(choose, selector, prompt, keep_ratio, num_tokens, budget, options)
-            chosen = None if selector is None else choice()
-            compacted, _ = compact(prompt, *(all_tokens(prompt) if stage == "kv" or chosen is None else chosen))
+            every = all_tokens(prompt)
+            chosen = every if selector is None else choice()
+            compacted, _ = compact(prompt, *(every if stage == "kv" else chosen))
         made = arguments(model, adapter, given, compacted)
         kwargs |= _lengths(config, kwargs, ids.shape[1] - compacted.input_ids.shape[1])
         # With the ids beside the embeddings processors of logits see the prompt's text as they would without us.
@@ -122,8 +123,8 @@ def compress(
             state.inputs, state.kept = made, compacted.lengths
             out = original(None, generation_config, *args, **named)
         else:
-            attention = adapter.last_attention(model) if chosen is None else None
-            cached = CacheCompaction(prompt, compacted, choice if chosen is None else lambda _: chosen, attention)
+            attention = adapter.last_attention(model) if selector is None else None
+            cached = CacheCompaction(prompt, compacted, choice if selector is None else lambda _: chosen, attention)
             with cached.hooks(model):
                 out = original(None, generation_config, *args, **named)
             state.inputs, state.kept = cached.inputs, cached.kept

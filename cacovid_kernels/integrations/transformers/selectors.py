@@ -68,7 +68,7 @@ def check_counts(prompt: Prompt, keep_ratio: float | None, num_tokens: Any) -> l
 
 @torch.no_grad()
 def choose(
-    selector: Selector,
+    selector: Any,
     prompt: Prompt,
     keep_ratio: float | None,
     num_tokens: Any,
@@ -89,7 +89,7 @@ def choose(
     if isinstance(selector, CompressionPolicy):
         found: PolicyScores = _policy_scores(selector, prompt)
         scores, frames = found.tokens, found.frames
-    elif selector is not None:
+    elif scores is None:
         scores = _call(selector, prompt)
     if _budget_of(selector, budget) == "frames":
         selection = select_tokens(scores, frames, grid, **counts, **options)
