@@ -28,23 +28,3 @@ def _one_table(attention: Any, table: Tensor) -> Tensor:
         return table
     sections = list(attention.config.rope_parameters["mrope_section"]) * 2
     return torch.cat([part[axis % 3] for axis, part in enumerate(table.split(sections, -1))], -1)
-
-
-def attention_scores(query: Tensor, keys: Tensor, *, mask: Tensor, row_positions: Tensor, scale: float) -> Tensor:
-    """`[B, L]` float32, the mean attention of the rows over all heads.
-
-    Args:
-        query: `[B, H, R, D]`.
-        keys: `[B, K, L, D]`; K divides H.
-        mask: `[B, L]` bool, false at keys nobody sees.
-        row_positions: `[B, R]` where each row stands; -1 for a row that does not count.
-        scale: of the products.
-    """
-    visible = mask[:, None] & (torch.arange(keys.shape[2], device=keys.device) <= row_positions[..., None])
-    total = torch.zeros(mask.shape, device=keys.device)
-    for row in range(query.shape[2]):  # one row at a time: H * L numbers
-        grouped = query[:, :, row].unflatten(1, (keys.shape[1], -1)).float()  # [B, K, H / K, D]
-        logits = grouped @ keys.float().transpose(-1, -2) * scale
-        seen = visible[:, None, None, row]
-        total += logits.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0.0).mean((1, 2))
-    return total / (row_positions >= 0).sum(1, keepdim=True).clamp(min=1)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels._masks import masked_positions
-from cacovid_kernels.integrations.transformers.attention import attention_scores, query_rows
+from cacovid_kernels.integrations.transformers.attention import query_rows
 from cacovid_kernels.integrations.transformers.prompt import Prompt
 from cacovid_kernels.integrations.transformers.prune import Compacted
+from cacovid_kernels.ops.attention import attention_scores
 from cacovid_kernels.ops.repack import repack_kv
 
 _WINDOW = 64  # rows at the end of the prompt that are asked, at most: a long text there would cost as many
