@@ -23,9 +23,14 @@ MODULES = [
     if not name.endswith(("_C", "__main__"))
 ]
 
+# Modules whose package is not among those that tests install.
+NEEDS = {"cacovid_kernels.integrations.kvpress": "kvpress", "cacovid_kernels.integrations.lmms_eval.model": "lmms_eval"}
+
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], exc_type=ImportError)
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=OPTIONS)
     assert failed == 0
 
