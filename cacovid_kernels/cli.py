@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):

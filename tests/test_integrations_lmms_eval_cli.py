@@ -22,12 +22,12 @@ if importlib.util.find_spec("lmms_eval") is None:
     pytest.skip("lmms-eval is not installed", allow_module_level=True)
 pytest.importorskip("torchvision", reason="lmms-eval and the processor need torchvision")
 
-from cacovid_kernels.demo.model import load_model  # noqa: E402
 from cacovid_kernels.demo.world import MODEL  # noqa: E402
 from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask  # noqa: E402
 from cacovid_kernels.demo.world.rules import RULES, answers_right, samples  # noqa: E402
 from cacovid_kernels.demo.world.scenery import SIZE, paint  # noqa: E402
 from cacovid_kernels.demo.world.scenes import WorldConfig, draw  # noqa: E402
+from cacovid_kernels.video_model import load_model  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 COUNT, SEED, WORLD = 24, 2, WorldConfig()

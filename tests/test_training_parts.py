@@ -11,7 +11,7 @@ from training_toy import FRAMES, SIDE, ToyRows, toy_config, toy_model
 
 import cacovid_kernels as ck
 from cacovid_kernels.compressors.density import density_peaks
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import PolicyScores
 from cacovid_kernels.training import config as config_module
 from cacovid_kernels.training.config import TrainConfig

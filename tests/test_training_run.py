@@ -19,7 +19,7 @@ from training_toy import BRIGHT, FRAMES, ToyRows, keeps_bright, toy_config, toy_
 
 import cacovid_kernels as ck
 from cacovid_kernels.cli import main
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import BadRowError
 from cacovid_kernels.training.log import read_log

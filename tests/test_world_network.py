@@ -8,8 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cacovid_kernels.demo import UserError
-from cacovid_kernels.demo.model import VideoModel, load_model
 from cacovid_kernels.demo.world import evaluate, rules, train_model
 from cacovid_kernels.demo.world.network import (
     WorldGeometry,
@@ -24,6 +22,8 @@ from cacovid_kernels.demo.world.network import (
 from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask, word_tokenizer
 from cacovid_kernels.demo.world.scenery import paint
 from cacovid_kernels.demo.world.scenes import WorldConfig, draw
+from cacovid_kernels.errors import UserError
+from cacovid_kernels.video_model import VideoModel, load_model
 
 WORLD = WorldConfig()
 

@@ -7,12 +7,12 @@ import pytest
 from training_toy import toy_config
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from cacovid_kernels.demo.model import VideoModel
 from cacovid_kernels.demo.world.network import WorldGeometry, build_network
 from cacovid_kernels.demo.world.questions import KINDS, word_tokenizer
 from cacovid_kernels.demo.world.rows import WorldRows
 from cacovid_kernels.training import Trainer, read_log
 from cacovid_kernels.training.rollout import encode
+from cacovid_kernels.video_model import VideoModel
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("av")
 
 import cacovid_kernels as ck
-from cacovid_kernels.demo import UserError, pipeline
-from cacovid_kernels.demo.model import load_model
+from cacovid_kernels.demo import pipeline
 from cacovid_kernels.demo.render import write_lossless
 from cacovid_kernels.demo.report import Progress, notes
-from cacovid_kernels.demo.video import read_clip
 from cacovid_kernels.demo.world import MODEL, POLICY, train_model
 from cacovid_kernels.demo.world.evaluate import ALL, evaluate
 from cacovid_kernels.demo.world.questions import KINDS, ask
 from cacovid_kernels.demo.world.rules import RULES, policy_rule
 from cacovid_kernels.demo.world.scenes import draw
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.training.config import TrainConfig
+from cacovid_kernels.video import read_clip
+from cacovid_kernels.video_model import load_model
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cacovid_kernels.demo.model import TinyGeometry, VideoModel, tiny_model
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import Sample
 from cacovid_kernels.training.rewards import Attempts, Reward
+from cacovid_kernels.video_model import TinyGeometry, VideoModel, tiny_model
 
 FRAMES, SIDE, CELL = 4, 4, 28
 GEOMETRY = TinyGeometry(image_size=SIDE * CELL, patch_size=14, vision_width=32, vision_layers=1, width=64, layers=2)

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import cacovid_kernels
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.viz import plot_selection, report
 
 if TYPE_CHECKING:

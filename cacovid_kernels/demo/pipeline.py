@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels import gather_tokens, select_tokens, topk_tokens
-from cacovid_kernels.demo import UserError
 from cacovid_kernels.demo.meter import Cost, Meter
-from cacovid_kernels.demo.model import TinyGeometry, VideoModel, load_model, tiny_model
 from cacovid_kernels.demo.oracle import Agreement, compare
 from cacovid_kernels.demo.render import render_clip, write_lossless
 from cacovid_kernels.demo.report import Progress
-from cacovid_kernels.demo.video import Clip, read_clip
 from cacovid_kernels.demo.world import MODEL, POLICY
 from cacovid_kernels.demo.world.rows import WORLD, WorldRows
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import CompressionPolicy, PolicyScores
 from cacovid_kernels.selection import Selection
+from cacovid_kernels.video import Clip, read_clip
+from cacovid_kernels.video_model import TinyGeometry, VideoModel, load_model, tiny_model
 
 BOTH, FULL, COMPRESSED = "both", "full", "compressed"
 DEMO_SEED = 5  # of the world: nothing was trained or evaluated on it

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 
 SAMPLERS = ("combinations", "gumbel", "gumbel_video")
 REWARDS = ("exact", "log_prob", "generated")

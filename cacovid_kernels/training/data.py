@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 
 Prepared = TypeVar("Prepared")
 
@@ -73,7 +73,7 @@ class FileRows:
         return len(self.rows)
 
     def __getitem__(self, i: int, /) -> Sample:
-        from cacovid_kernels.demo.video import read_clip
+        from cacovid_kernels.video import read_clip
 
         name, row = f"{self.path.name} row {i}", self.rows[i]
         if not isinstance(row, Mapping):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cacovid_kernels._masks import masked_positions
-from cacovid_kernels.demo import UserError
-from cacovid_kernels.demo.model import VideoModel
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.ops.gather import gather_tokens
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import BadRowError, Sample
 from cacovid_kernels.training.rewards import Attempts
+from cacovid_kernels.video_model import VideoModel
 
 
 class Prompt(NamedTuple):

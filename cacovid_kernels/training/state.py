@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from cacovid_kernels._decoder import PolicyConfig
 from cacovid_kernels._safetensors import WEIGHTS, read_policy_tensors, write_policy_tensors
-from cacovid_kernels.demo import UserError
-from cacovid_kernels.demo.model import VideoModel
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import CompressionPolicy
 from cacovid_kernels.training.checkpoint import (
     checkpoint_folder,
@@ -35,6 +34,7 @@ from cacovid_kernels.training.checkpoint import (
 )
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.samplers import trained_heads
+from cacovid_kernels.video_model import VideoModel
 
 OPTIMIZER, TRAINER, CONFIG = "optimizer.safetensors", "trainer.json", "config.json"
 

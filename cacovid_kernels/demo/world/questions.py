@@ -9,7 +9,6 @@ import tokenizers
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cacovid_kernels.demo.model import SPECIAL_TOKENS
 from cacovid_kernels.demo.world.scenes import (
     BY_COLOUR,
     BY_SHAPE,
@@ -26,6 +25,7 @@ from cacovid_kernels.demo.world.scenes import (
     Scenes,
     uniforms,
 )
+from cacovid_kernels.video_model import SPECIAL_TOKENS
 
 KINDS = ("colour", "shape", "place", "direction", "event", "order")
 PLACES = (

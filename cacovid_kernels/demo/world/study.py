@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from cacovid_kernels.demo import UserError
-from cacovid_kernels.demo.model import VideoModel, load_model
 from cacovid_kernels.demo.world import MODEL
 from cacovid_kernels.demo.world.evaluate import evaluate
 from cacovid_kernels.demo.world.rows import WorldRows
 from cacovid_kernels.demo.world.rules import policy_rule
 from cacovid_kernels.demo.world.scenes import CELLS, WorldConfig
+from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import CompressionPolicy
 from cacovid_kernels.training.config import SAMPLERS, TrainConfig
 from cacovid_kernels.training.data import Sample
 from cacovid_kernels.training.trainer import Trainer
+from cacovid_kernels.video_model import VideoModel, load_model
 
 RATIOS = (0.02, 0.05, 0.1)
 SEEDS = (0, 1, 2)

@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from cacovid_kernels.demo import UserError
 from cacovid_kernels.demo.world.network import (
     READING_LAYERS,
     Batch,
@@ -45,6 +44,7 @@ from cacovid_kernels.demo.world.network import (
 )
 from cacovid_kernels.demo.world.questions import KINDS, LABELS, word_tokenizer
 from cacovid_kernels.demo.world.scenes import WorldConfig
+from cacovid_kernels.errors import UserError
 
 TRAIN, HELD_OUT = 0, 1  # seeds of the world
 NO_EVIDENCE = 0.1

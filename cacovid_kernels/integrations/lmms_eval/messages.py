@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cacovid_kernels.demo.video import read_clip
+from cacovid_kernels.video import read_clip
 
 OP = "cacovid"
 

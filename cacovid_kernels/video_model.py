@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 
 # The prompt in which LLaVA-OneVision was trained, as its model card gives it.
 BEFORE, AFTER = "<|im_start|>user ", "\n{question}<|im_end|><|im_start|>assistant\n"

@@ -13,7 +13,7 @@ from typing import Any
 import av
 import numpy as np
 
-from cacovid_kernels.demo import UserError
+from cacovid_kernels.errors import UserError
 
 # Larger frames are halved as they are decoded: 32 frames of 8K video would take 3 GiB.
 MAX_PIXELS = 1920 * 1088
