@@ -15,10 +15,10 @@ BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
 
-.PHONY: help dev demo results study emulated test aot cuda mutants bench gpu lint format sanitize wheel nightly doctor clean
+.PHONY: help dev demo results study walkthroughs emulated test aot cuda mutants bench gpu lint format sanitize wheel nightly doctor clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 16
 
 $(VENV)/.installed: requirements-dev.txt
 	$(call timed,creating $(VENV),$(PYTHON) -m venv $(VENV) && $(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt && touch $@)
@@ -36,6 +36,9 @@ results: $(VENV)/.built  ## what the procedural world's policy keeps of the answ
 
 study: $(VENV)/.built  ## which sampler learns fastest: 27 short trainings, one after another; what is in the file is not run again
 	$(call timed,study,$(PY) -m cacovid_kernels.demo.world.study --out docs/results/samplers.jsonl && $(PY) -m cacovid_kernels.demo.world.report docs/results)
+
+walkthroughs: $(VENV)/.built  ## run examples/walkthroughs and write them as notebooks with their outputs: docs/walkthroughs
+	$(call timed,walkthroughs,$(PY) docs/walkthroughs/render.py)
 
 # For tests: `python -m pytest` would import the checkout instead of build/emulated.
 emulated: $(VENV)/.built
