@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
 pytest.importorskip("av")
+
+import matplotlib.pyplot as plt
+import transformers
 
 from cacovid_kernels.demo.render import write_lossless
 from cacovid_kernels.demo.video import read_clip
-from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask
+from cacovid_kernels.demo.world.questions import ANSWERS, ask
 from cacovid_kernels.demo.world.scenes import GLOWING, draw
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +31,8 @@ NOTEBOOKS = ROOT / "docs" / "walkthroughs"
 
 def run(name, *arguments):
     """The names a script leaves behind."""
-    import matplotlib.pyplot as plt
-
     with pytest.MonkeyPatch.context() as patch:
-        matplotlib.use("Agg")
+        plt.switch_backend("Agg")
         patch.setattr(plt, "show", lambda: plt.close("all"))
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         return runpy.run_path(str(ROOT / "examples" / "walkthroughs" / f"{name}.py"), run_name="__main__")
@@ -52,6 +53,7 @@ def test_the_questions_have_these_answers(llava):
     truth = {words: ANSWERS[answer] for words, answer in zip(questions.words[0], questions.answers[0], strict=True)}
     assert llava["answers"] == truth
     assert truth[llava["question"]] == "green"
+    assert sum(weight.numel() for weight in llava["model"].parameters()) == 453_760
 
 
 def test_llava_answers_in_full_and_compressed(llava):

@@ -36,8 +36,8 @@ model, tokenizer = world.network.float(), world.tokenizer
 #
 # A clip has 8 frames of 48 x 48 pixels, a frame 6 x 6 video tokens. `ask` does what a processor does.
 #
-# *With a checkpoint of the hub*, `examples/transformers/llava_onevision.py` makes `model` and `inputs` with
-# `AutoModelForImageTextToText` and `AutoProcessor`; from there on every line below is the same.
+# *With a checkpoint of the hub*, make `model` and `inputs` as `examples/transformers/llava_onevision.py` does, with
+# `AutoModelForImageTextToText` and `AutoProcessor`, and pass `divprune` where this passes the small model's own policy.
 
 # %%
 frames = WorldRows(seed=5)[4].frames  # [8, 48, 48, 3] uint8
@@ -111,8 +111,8 @@ plot_selection(frames, kept_tokens(out), scores, title=f"{question}?", columns=4
 
 # %% [markdown]
 # Bright tokens were kept. The heat below each frame is the policy's score. It has read the question: highest are
-# objects that glow, on white, and the green pole of frame 3 is one of them. A tenth is more than this question needs: the
-# rest goes to other objects and to flicker. Another question gives another picture.
+# objects that glow, on white, and the green pole of frame 3 is one of them. A tenth is more than this question needs:
+# the rest goes to other objects and to flicker. Another question gives another picture.
 #
 # ## What it saves
 #

@@ -9,7 +9,7 @@
 # - vision features enter again in the first layers (deepstack), so embeddings alone do not carry a video;
 # - the next position behind a video is not the number of tokens so far.
 #
-# All of them break silently when tokens are sliced out by hand.
+# All of them break silently when tokens are sliced out by hand. `transformers` must be 5.18 or newer.
 #
 # `python examples/walkthroughs/qwen3_vl.py Qwen/Qwen3-VL-2B-Instruct clip.mp4` runs this on a checkpoint and a video of
 # yours; in a notebook, fill in `CHECKPOINT`. Without them it builds a **tiny random model: its answers mean nothing**.
