@@ -20,9 +20,9 @@ import matplotlib.pyplot as plt
 import transformers
 
 from cacovid_kernels.demo.render import write_lossless
-from cacovid_kernels.demo.video import read_clip
 from cacovid_kernels.demo.world.questions import ANSWERS, ask
 from cacovid_kernels.demo.world.scenes import GLOWING, draw
+from cacovid_kernels.video import read_clip
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "walkthroughs").glob("*.py"))

@@ -21,10 +21,10 @@ from transformers.utils import logging
 
 from cacovid_kernels import CompressionPolicy
 from cacovid_kernels.compressors import divprune, evs
-from cacovid_kernels.demo.model import load_model
 from cacovid_kernels.demo.world import MODEL, POLICY
 from cacovid_kernels.demo.world.rows import WorldRows
 from cacovid_kernels.integrations.transformers import compress, next_turn, prune_inputs
+from cacovid_kernels.video_model import load_model
 from cacovid_kernels.viz import plot_selection
 
 logging.disable_progress_bar()
@@ -139,8 +139,8 @@ full_time, short_time, policy_time = fastest(
     lambda: policy(whole["inputs_embeds"], video_mask=video_mask, grid_thw=[grid]),
 )
 print(f"prompt: {length} tokens, compressed {out['inputs_embeds'].shape[1]}")
-print(f"prefill: {full_time / short_time:.1f} times as fast")
-print(f"with the policy's scoring: {full_time / (short_time + policy_time):.1f} times as fast")
+print(f"prefill: about {full_time / short_time:.0f} times as fast")
+print(f"with the policy's scoring: about {full_time / (short_time + policy_time):.0f} times as fast")
 
 # %% [markdown]
 # ## Who decides

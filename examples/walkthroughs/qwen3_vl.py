@@ -25,10 +25,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cacovid_kernels.compressors import divprune
-from cacovid_kernels.demo.video import read_clip
 from cacovid_kernels.demo.world.rows import WorldRows
 from cacovid_kernels.demo.world.scenes import WorldConfig
 from cacovid_kernels.integrations.transformers import compress, next_turn, prune_inputs
+from cacovid_kernels.video import read_clip
 from cacovid_kernels.viz import plot_selection
 
 transformers.utils.logging.disable_progress_bar()
