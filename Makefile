@@ -7,6 +7,7 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc python -name
 SANITIZERS := address,undefined thread
 OUT ?= demo_out
 OLDEST_TRITON := 3.6.0
+OLDEST_TRANSFORMERS := 5.10.4
 # KiB: 5 MB.
 WHEEL_LIMIT := 4882
 # In variables: a comma in the text of a call would end its argument.
@@ -44,8 +45,12 @@ walkthroughs: $(VENV)/.built  ## run examples/walkthroughs and write them as not
 emulated: $(VENV)/.built
 	$(call timed,building the CUDA kernels for the CPU,$(PY) tests/cuda/emulate.py)
 
-test: emulated  ## run the tests, those of the Triton kernels in its interpreter, of the CUDA kernels on the CPU
+build/transformers-$(OLDEST_TRANSFORMERS): $(VENV)/.installed
+	$(call timed,fetching transformers $(OLDEST_TRANSFORMERS),$(PY) -m pip install -q --disable-pip-version-check --target $@.part transformers==$(OLDEST_TRANSFORMERS) && mv $@.part $@)
+
+test: emulated build/transformers-$(OLDEST_TRANSFORMERS)  ## run the tests, those of the Triton kernels in its interpreter, of the CUDA kernels on the CPU
 	$(call timed,tests,$(PY) -m pytest tests)
+	$(call timed,the oldest transformers,PYTHONPATH=build/transformers-$(OLDEST_TRANSFORMERS) $(PY) -m pytest tests/test_hf_*.py)
 	$(call timed,kernels in the interpreter,TRITON_INTERPRET=1 $(PY) -m pytest tests/triton)
 	$(call timed,CUDA kernels on the CPU,PYTHONPATH=build/emulated $(BIN)/pytest tests/cuda)
 

@@ -67,7 +67,7 @@ def test_the_documentation_runs():
         _adapters.pop("my_model", None)
     assert names["compression"].kept == (4,)
     assert names["second"].shape[1] > 16
-    assert len(blocks) == 5
+    assert len(blocks) == 6
 
 
 def test_the_table_names_every_family():

@@ -146,6 +146,13 @@ class Adapter:
         """
         return counted(mask)
 
+    def last_attention(self, model: Any) -> Any:
+        """Attention of the language model's last layer, whose queries score a prompt that has been read.
+
+        It has `q_proj`, possibly `q_norm`, `head_dim`, `scaling` and `layer_idx`, and turns halves (`rotate_half`).
+        """
+        return model.get_decoder().layers[-1].self_attn
+
     def pack(self, model: Any, prompt: Any) -> dict[str, Any]:
         """What carries the tokens of a compacted prompt into the model (`prompt`: a `prune.Compacted`)."""
         return {"inputs_embeds": prompt.inputs_embeds}

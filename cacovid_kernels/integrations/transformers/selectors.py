@@ -41,6 +41,13 @@ def check_selector(
         if function is other:
             names = [f.__name__ for f in _OF_WHOLE_VIDEOS]
             raise ValueError(f"{OP}: {other.__name__} needs {need}. Pass one of {names}.")
+    check_options(selector, keep_ratio, num_tokens, budget, options)
+
+
+def check_options(
+    selector: Any, keep_ratio: float | None, num_tokens: Any, budget: str | None, options: dict[str, Any]
+) -> None:
+    """Counts and options of a selector; None stands for scores of the language model."""
     if budget is not None:
         check_choice(OP, "budget", budget, ("frames", "video"))
     if _is_compressor(selector):
@@ -54,30 +61,40 @@ def check_selector(
     parse_budget(OP, ((1, 1, 2**20),), keep_ratio, num_tokens if num_tokens is None else 1, 1.0, None, False)
 
 
+def check_counts(prompt: Prompt, keep_ratio: float | None, num_tokens: Any) -> list[int]:
+    """Tokens that each video keeps."""
+    return parse_budget(OP, prompt.grid_thw, keep_ratio, num_tokens, 1.0, None, False).num_keep
+
+
 @torch.no_grad()
 def choose(
-    selector: Selector,
+    selector: Any,
     prompt: Prompt,
     keep_ratio: float | None,
     num_tokens: Any,
     budget: str | None,
     options: dict[str, Any],
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Positions `[K]` among the N video tokens, ascending, and how many of each video."""
+    """Positions `[K]` among the N video tokens, ascending, and how many of each video.
+
+    `scores` `[N]` of the language model stand in for a selector that is None.
+    """
     grid = prompt.grid_thw
     counts = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
-    kept = parse_budget(OP, grid, keep_ratio, num_tokens, 1.0, None, False).num_keep
+    kept = check_counts(prompt, keep_ratio, num_tokens)
+    frames = None
     if _is_compressor(selector):
         return _compress(selector, prompt.video_embeds, grid, kept), tuple(kept)
     if isinstance(selector, CompressionPolicy):
-        scores: PolicyScores = _policy_scores(selector, prompt)
-        tokens, frames = scores.tokens, scores.frames
-    else:
-        tokens, frames = _call(selector, prompt), None
+        found: PolicyScores = _policy_scores(selector, prompt)
+        scores, frames = found.tokens, found.frames
+    elif scores is None:
+        scores = _call(selector, prompt)
     if _budget_of(selector, budget) == "frames":
-        selection = select_tokens(tokens, frames, grid, **counts, **options)
+        selection = select_tokens(scores, frames, grid, **counts, **options)
     else:
-        selection = topk_tokens(tokens, grid, **counts, **options)
+        selection = topk_tokens(scores, grid, **counts, **options)
     return selection.indices, selection.lengths
 
 

@@ -1,0 +1,140 @@
+"""Video tokens leave the cache between the prompt and the first new token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacovid_kernels._masks import masked_positions
+from cacovid_kernels.integrations.transformers.attention import query_rows
+from cacovid_kernels.integrations.transformers.prompt import Prompt
+from cacovid_kernels.integrations.transformers.prune import Compacted
+from cacovid_kernels.ops.attention import attention_scores
+from cacovid_kernels.ops.repack import repack_kv
+
+_WINDOW = 64  # rows at the end of the prompt that are asked, at most: a long text there would cost as many
+
+# From scores [N] of the video tokens, or None where a selector has scored, to [K] that stay and how many per video.
+Choice = Callable[[Tensor | None], tuple[Tensor, tuple[int, ...]]]
+
+
+class CacheCompaction:
+    """Hooks for the calls of one `generate`: the first reads the whole prompt, the others see what was left of it.
+
+    Args:
+        prompt: the prompts.
+        whole: the same as they are run, with all their video tokens but without columns that are padding in every row.
+        choice: says what stays.
+        attention: attention of the last layer where its queries score, else None.
+
+    Attributes:
+        inputs: `attention_mask [B, K]` and `position_ids [..., B, K]` of what the cache holds of the prompts.
+        kept: kept tokens per video.
+    """
+
+    def __init__(self, prompt: Prompt, whole: Compacted, choice: Choice, attention: Any) -> None:
+        self.inputs: dict[str, Any] | None = None
+        self.kept: tuple[int, ...] = ()
+        self._mask, self._positions = whole.attention_mask != 0, whole.position_ids
+        self._choice, self._attention = choice, attention
+        self._videos = [(row, t * h * w) for row, (t, h, w) in zip(prompt.rows, prompt.grid_thw, strict=True)]
+        self._lengths = prompt.lengths
+        full, length = prompt.input_ids.shape[1], self._mask.shape[1]
+        self._row, self._column = prompt.tokens // full, prompt.tokens % full - (full - length)
+        self._cache: Any = None
+        self._query: Any = None  # [B * copies, H, R, D], once the prompt was read
+
+    @contextmanager
+    def hooks(self, model: Any) -> Iterator[None]:
+        """On the model for the length of a with block."""
+        handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        if self._attention is not None:
+            handles.append(self._attention.register_forward_pre_hook(self.look, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def before(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Forward pre-hook of the model."""
+        cache = named.get("past_key_values")
+        if self._cache is None:
+            _check_cache(cache)
+            self._cache = cache
+        elif cache is self._cache and self.inputs is not None:
+            kept = self.inputs["attention_mask"]
+            if named.get("attention_mask") is not None or len(set(self._lengths)) > 1:
+                fed = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+                new = int(cache.get_seq_length()) - kept.shape[1] + fed.shape[1]
+                kept = kept.repeat_interleave(len(fed) // len(kept), 0)
+                named = {**named, "attention_mask": torch.cat([kept, kept.new_ones(len(kept), new)], 1)}
+        return arguments, named
+
+    def look(self, attention: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Forward pre-hook of the last layer's attention."""
+        if self._query is None:
+            self._query = query_rows(attention, arguments, named, min(_WINDOW, self._mask.shape[1]))
+
+    def after(self, _: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        """Forward hook of the model."""
+        if self.inputs is None and named.get("past_key_values") is self._cache:
+            self._drop()
+
+    def _drop(self) -> None:
+        copies = len(self._cache.layers[0].keys) // len(self._mask)  # beams or samples of one prompt, all alike so far
+        indices, self.kept = self._choice(None if self._attention is None else self._scores(copies))
+        lengths = list(self._lengths)
+        for (row, tokens), kept in zip(self._videos, self.kept, strict=True):
+            lengths[row] -= tokens - kept
+        self._lengths = tuple(lengths)
+        stays = self._mask.clone()
+        stays[self._row, self._column] = False
+        stays[self._row[indices], self._column[indices]] = True
+        # Rows that keep fewer fill up with their first other columns, which stay masked.
+        longest, (rows, length) = max(lengths), stays.shape
+        fill = (~stays).cumsum(1) <= longest - stays.sum(1, keepdim=True)
+        columns = masked_positions((stays | fill).flatten(), rows * longest).view(rows, longest) % length
+        repack_kv(self._cache, columns.repeat_interleave(copies, 0), inplace=True, release=True)
+        positions = self._positions
+        self.inputs = {
+            "attention_mask": stays.gather(1, columns).long(),
+            "position_ids": positions.gather(-1, columns.expand(*positions.shape[:-1], longest)),
+        }
+
+    def _scores(self, copies: int) -> Tensor:
+        """`[N]` attention of the text behind a prompt's last video to every video token."""
+        query, length = self._query[::copies], self._mask.shape[1]
+        last = self._column.new_full((len(self._mask),), -1).scatter_reduce(0, self._row, self._column, "amax")
+        places = torch.arange(length - query.shape[2], length, device=last.device).expand(len(last), -1)
+        scores = attention_scores(
+            query,
+            self._cache.layers[self._attention.layer_idx].keys[::copies],
+            mask=self._mask,
+            row_positions=places.masked_fill(places <= last[:, None], -1),
+            scale=self._attention.scaling,
+        )
+        return scores[self._row, self._column]
+
+
+def all_tokens(prompt: Prompt) -> tuple[Tensor, tuple[int, ...]]:
+    """What `choose` returns where every token stays."""
+    indices = torch.arange(len(prompt.tokens), device=prompt.tokens.device)
+    return indices, tuple(t * h * w for t, h, w in prompt.grid_thw)
+
+
+def _check_cache(cache: Any) -> None:
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())} - {"DynamicLayer"}
+    if cache is None or kinds or getattr(cache, "offloading", False):
+        found = "no cache" if cache is None else f"a {type(cache).__name__}" + (f" of {sorted(kinds)}" if kinds else "")
+        raise ValueError(
+            f"compress: stage='kv' frees memory of a DynamicCache on the device, but generate runs with {found}. "
+            f"Leave use_cache, cache_implementation and past_key_values out, or use stage='prefill'."
+        )
