@@ -116,8 +116,11 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+ROWS = 2048  # tokens that pass through the wide part at once where nothing has to be kept for a gradient
+
+
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), `[B, L, D]` -> `[B, L, D]`."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -126,6 +129,12 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.shape[1] <= ROWS:
+            return self._wide(x)
+        # Three matrices of the intermediate size for a whole video would be the most memory of a compressed prompt.
+        return torch.cat([self._wide(part) for part in x.split(ROWS, dim=1)], 1)
+
+    def _wide(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -80,6 +80,16 @@ def test_a_policy_selects_as_by_hand(family):
     assert torch.equal(over_video[over_video >= 0], labels[stays])
 
 
+def test_a_policy_gets_a_mask_only_where_there_is_padding():
+    policy = policy_of("llava_onevision")
+    masks = []
+    policy.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+    for rows in (hf.SINGLE, hf.RAGGED):
+        lengths("llava_onevision", rows, policy, keep_ratio=0.5)
+    assert masks[0] is None
+    assert torch.equal(masks[1], hf.batch("llava_onevision", hf.RAGGED).inputs["attention_mask"])
+
+
 @pytest.mark.parametrize("name", ["divprune", "evs", "vidcom2"])
 def test_compressors_choose_per_video(name):
     function, batch, model = getattr(compressors, name), hf.batch("qwen2_5_vl", hf.RAGGED), hf.tiny("qwen2_5_vl")

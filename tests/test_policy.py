@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cacovid_kernels as ck
+from cacovid_kernels import _decoder
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -185,6 +186,19 @@ def test_the_mode_head_sees_text_alone():
         modes = policy(embeds, video_mask=video, grid_thw=[(1, 3, 4)]).modes
         expected = policy.mode_selection(torch.zeros(1, 32)) * 100  # no text: the mean of nothing is zero
     torch.testing.assert_close(modes, expected)
+
+
+def test_a_long_prompt_passes_the_wide_part_in_pieces(monkeypatch):
+    policy = small_policy()
+    embeds, _ = prompt([3, 12, 5])
+    rows = []
+    policy.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    monkeypatch.setattr(_decoder, "ROWS", 8)
+    whole = policy.encode(embeds.expand(2, -1, -1))  # a gradient needs every piece again
+    with torch.no_grad():
+        pieces = policy.encode(embeds.expand(2, -1, -1))
+    assert rows == [20, 8, 8, 4]
+    torch.testing.assert_close(pieces, whole)
 
 
 @pytest.mark.parametrize(

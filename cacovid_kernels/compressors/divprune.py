@@ -42,9 +42,9 @@ def divprune(features: Tensor, num_tokens: int, *, order: str = "index") -> Tens
     check_count("divprune", num_tokens, count)
     if num_tokens == 0:
         return points.new_zeros((*points.shape[:-2], 0), dtype=torch.int64)
-    distance = 1 - points @ points.transpose(-1, -2)  # [..., N, N]
-    itself = torch.eye(count, dtype=torch.bool, device=points.device)
-    nearest = distance.masked_fill(itself, torch.inf).amin(-1)
+    distance = (points @ points.transpose(-1, -2)).neg_().add_(1)  # [..., N, N], in place: the largest tensor here
+    distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # no token is its own nearest other one
+    nearest = distance.amin(-1)
     picked = []
     for step in range(num_tokens):
         pick = nearest.argmax(-1, keepdim=True)

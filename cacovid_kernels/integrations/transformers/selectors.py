@@ -129,10 +129,12 @@ def _policy_scores(policy: CompressionPolicy, prompt: Prompt) -> PolicyScores:
             f"{OP}: the policy has hidden_size={policy.config.hidden_size}, the model {width}. "
             f"Pass the policy of this model."
         )
+    # Without padding no mask: with one, attention on a GPU has only its slower kernels.
+    padded = min(prompt.lengths) < prompt.input_ids.shape[1]
     return policy(
         prompt.inputs_embeds,
         video_mask=prompt.video_mask,
-        attention_mask=prompt.attention_mask,
+        attention_mask=prompt.attention_mask if padded else None,
         grid_thw=prompt.grid_thw,
     )
 
