@@ -39,26 +39,48 @@ def _one_thread():
 def race(benchmark) -> Callable[..., None]:
     """`race(group, contestant, call, inputs, targets)`: times `call(*inputs[i])` over rotating inputs.
 
-    `targets` (given with the contestant "ours") maps a baseline to the least ratio, baseline time / our time.
+    `targets` (given with the contestant "ours") maps a baseline to the least ratio, baseline time / our time. A
+    baseline of several groups may name them all.
     """
 
     def run(
-        group: str,
+        group: str | list[str],
         contestant: str,
         call: Callable,
         inputs: Sequence[tuple[Any, ...]],
         targets: dict[str, float] | None = None,
         seconds: float = 0.4,
     ) -> None:
-        benchmark.group = group
+        benchmark.extra_info["groups"] = groups = [group] if isinstance(group, str) else group
+        benchmark.group = groups[0]
         benchmark.name = contestant
         benchmark.extra_info["targets"] = targets or {}
         turn = itertools.cycle(inputs)
         call(*next(turn))
         start = time.perf_counter()
         call(*next(turn))
-        rounds = max(5, min(2000, int(seconds / max(time.perf_counter() - start, 1e-6))))
-        benchmark.pedantic(lambda args: call(*args), setup=lambda: ((next(turn),), {}), rounds=rounds, warmup_rounds=3)
+        once = max(time.perf_counter() - start, 1e-6)
+        rounds, warmup = (max(5, min(2000, int(seconds / once))), 3) if once < 1 else (3, 0)
+        benchmark.pedantic(
+            lambda args: call(*args), setup=lambda: ((next(turn),), {}), rounds=rounds, warmup_rounds=warmup
+        )
+
+    return run
+
+
+RECORDED = pytest.StashKey[list[dict[str, Any]]]()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`record(group, ratios=..., shares=..., limits=...)`: a row of what is no race.
+
+    `ratios` are a baseline's bytes or computed times over ours; `shares` are parts of a time, which `limits` bounds.
+    """
+
+    def run(group: str, **values: dict[str, float]) -> None:
+        rows = request.config.stash.setdefault(RECORDED, [])
+        rows.append({"group": group, "ratios": {}, "targets": {}, **values})
 
     return run
 
@@ -74,7 +96,8 @@ def _rows(benchmarks: list[Any]) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {}
     for bench in benchmarks:
         if bench.stats.rounds:
-            groups.setdefault(bench.group, {})[bench.name] = bench
+            for group in bench.extra_info["groups"]:
+                groups.setdefault(group, {})[bench.name] = bench
     rows = []
     for group, contestants in groups.items():
         ours = contestants.get("ours")
@@ -89,7 +112,7 @@ def _rows(benchmarks: list[Any]) -> list[dict[str, Any]]:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    rows = _rows(session.benchmarks) if session else []
+    rows = (_rows(session.benchmarks) if session else []) + config.stash.get(RECORDED, [])
     if not rows:
         return
     terminalreporter.section("baseline time / our time, medians of this run")
@@ -98,6 +121,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             target = row["targets"].get(baseline)
             verdict = "" if target is None else f"  target {target:g}x {'reached' if ratio >= target else 'MISSED'}"
             terminalreporter.write_line(f"{row['group']:<44} {baseline:<28} {ratio:8.2f}x{verdict}")
+        for part, share in row.get("shares", {}).items():
+            limit = row["limits"][part]
+            verdict = f"  limit {limit:.0%} {'kept' if share < limit else 'MISSED'}"
+            terminalreporter.write_line(f"{row['group']:<44} {part:<28} {share:8.1%}{verdict}")
     if path := config.getoption("--save-results"):
         header = {
             "commit": _commit(),

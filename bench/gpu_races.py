@@ -422,6 +422,10 @@ def races(gpu: Device) -> Iterator[tuple[str, Callable[[], Race]]]:
     yield "policy loss", lambda: policy_loss(gpu)
     yield "gather a prompt", lambda: gather_prompt(gpu)
     yield "gather gradient", lambda: gather_gradient(gpu)
+    if importlib.util.find_spec("transformers"):
+        from gpu_generate import first_token
+
+        yield "first token", lambda: first_token(gpu)
     if gpu.dry:  # the rest are the same lines at other sizes
         return
     for frames, percent in [(512, 25), (768, 10), (768, 25), (128, 25), (128, 10), (64, 25), (64, 10), (32, 25)]:

@@ -1,8 +1,8 @@
 """Renders bench/results/NAME.jsonl: all of it as bench/results/NAME.md, the rows with an aim into README.md.
 
-The README's tables stand between `<!-- results:NAME -->` and `<!-- end -->`; that of docs/results/compression.json,
-between `<!-- world -->` and `<!-- end -->`. With `--check` nothing is written and the exit code says whether all are
-what the results say.
+The README's tables stand between `<!-- results:NAME -->` and `<!-- end -->`, whole ones in docs/integrations.md too;
+that of docs/results/compression.json between `<!-- world -->` and `<!-- end -->`. With `--check` nothing is written and
+the exit code says whether all are what the results say.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ def table(name: str, with_aim_only: bool) -> str:
                 continue
             verdict = "" if aim is None else f"{aim:g}x" if ratio >= aim else f"{aim:g}x, missed"
             lines.append(f"| {row['group']} | {baseline} | {ratio:.2f}x | {verdict} |")
+        for part, share in row.get("shares", {}).items():
+            limit = row["limits"][part]
+            verdict = f"below {limit:.0%}{'' if share < limit else ', missed'}"
+            lines.append(f"| {row['group']} | share of the first token, {part} | {share:.1%} | {verdict} |")
     source = f"commit {header['commit']}, torch {header['torch']}, {header['cpu_isa']}, {header['threads']} thread"
     return "\n".join([*lines, "", f"From [bench/results/{name}.jsonl](/bench/results/{name}.jsonl): {source}."])
 
@@ -45,14 +49,15 @@ def world_table() -> str:
 
 def rendered() -> dict[Path, str]:
     """What every generated file has to hold."""
-    readme = ROOT / "README.md"
     pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.S)
-    text = readme.read_text()
-    rest = pattern.sub(lambda m: f"{m[1]}{table(m[2], True)}\n{m[3]}", text)
     world = re.compile(r"(<!-- world -->\n).*?(<!-- end -->)", re.S)
-    files = {readme: world.sub(lambda m: f"{m[1]}{world_table()}\n{m[2]}", rest)}
-    for _, name, _ in pattern.findall(text):
-        files[RESULTS / f"{name}.md"] = f"# Every ratio of one run\n\n{table(name, False)}\n"
+    files = {}
+    for page, with_aim_only in ((ROOT / "README.md", True), (ROOT / "docs" / "integrations.md", False)):
+        text = page.read_text()
+        rest = pattern.sub(lambda m, only=with_aim_only: f"{m[1]}{table(m[2], only)}\n{m[3]}", text)
+        files[page] = world.sub(lambda m: f"{m[1]}{world_table()}\n{m[2]}", rest)
+        for _, name, _ in pattern.findall(text):
+            files[RESULTS / f"{name}.md"] = f"# Every ratio of one run\n\n{table(name, False)}\n"
     return files
 
 

@@ -71,6 +71,7 @@ def test_bench(runs):
         "score",
         "attention_scores",
         "policy_loss",
+        "generate",
         "gate",
     }
     ours = [row for row in rows if row.get("contestant", "").startswith("ours")]
