@@ -22,7 +22,7 @@ from cacovid_kernels.demo.render import render_clip  # noqa: E402
 from cacovid_kernels.demo.report import Progress, notes, table  # noqa: E402
 from cacovid_kernels.errors import UserError  # noqa: E402
 from cacovid_kernels.video import read_clip  # noqa: E402
-from cacovid_kernels.video_model import TinyGeometry, load_model, tiny_model  # noqa: E402
+from cacovid_kernels.video_models import TinyGeometry, load_llava_onevision, tiny_model  # noqa: E402
 
 SMALL = TinyGeometry(image_size=112, vision_width=32, vision_layers=1, width=64, layers=2)  # 4 x 4 tokens a frame
 
@@ -153,7 +153,7 @@ def test_model_and_policy_folders(video, tmp_path):
     tiny.network.save_pretrained(folder)
     tiny.tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
-    loaded = load_model(str(folder))
+    loaded = load_llava_onevision(str(folder))
     assert loaded.mean == (0.5, 0.5, 0.5)
     assert not loaded.is_random
 
@@ -181,7 +181,7 @@ def test_model_and_policy_folders(video, tmp_path):
 def test_other_kinds_of_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(UserError, match="it must be llava_onevision"):
-        load_model(str(tmp_path))
+        load_llava_onevision(str(tmp_path))
 
 
 def test_outputs_appear_together_or_not_at_all(tmp_path):

@@ -27,7 +27,7 @@ from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask  # noqa: E4
 from cacovid_kernels.demo.world.rules import RULES, answers_right, samples  # noqa: E402
 from cacovid_kernels.demo.world.scenery import SIZE, paint  # noqa: E402
 from cacovid_kernels.demo.world.scenes import WorldConfig, draw  # noqa: E402
-from cacovid_kernels.video_model import load_model  # noqa: E402
+from cacovid_kernels.video_models import load_model  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 COUNT, SEED, WORLD = 24, 2, WorldConfig()

@@ -12,6 +12,7 @@ from training_toy import FRAMES, SIDE, ToyRows, toy_config, toy_model
 import cacovid_kernels as ck
 from cacovid_kernels.compressors.density import density_peaks
 from cacovid_kernels.errors import UserError
+from cacovid_kernels.integrations.transformers.prune import Flat
 from cacovid_kernels.policy import PolicyScores
 from cacovid_kernels.training import config as config_module
 from cacovid_kernels.training.config import TrainConfig
@@ -379,7 +380,7 @@ def test_one_forward_for_all_is_one_forward_for_each(model):
             places = sorted([*prompt.text.tolist(), *(int(prompt.video[i]) for i in row if i >= 0)])
             places += range(prompt.length, prompt.length + length - 1)
             output = model.network(
-                inputs_embeds=prompt.embeds[places][None],
+                inputs_embeds=prompt.tokens.inputs_embeds[places][None],
                 position_ids=torch.tensor([places]),
                 attention_mask=torch.ones(1, len(places), dtype=torch.int64),
             )
@@ -395,15 +396,11 @@ def test_exact_answer_is_what_generation_says(model):
     said = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in spoken.texts]
     right = next(ids for ids in said if len(ids) == 3)
     for ids in (right, right[:1], [right[0], 300 - right[1]], [right[0] ^ 1]):
-        one = prompt._replace(
-            answer=torch.tensor(ids),
-            embeds=torch.cat(
-                [
-                    prompt.embeds[: prompt.length],
-                    model.network.get_input_embeddings()(torch.tensor(ids[:-1], dtype=torch.int64)),
-                ]
-            ),
-        )
+        spoken = torch.tensor(ids[:-1], dtype=torch.int64)
+        places = torch.arange(prompt.length, prompt.length + len(spoken))
+        behind = Flat(spoken, model.network.get_input_embeddings()(spoken), places, torch.ones_like(spoken))
+        tokens = (torch.cat([x[: prompt.length], y]) for x, y in zip(prompt.tokens, behind, strict=True))
+        one = prompt._replace(answer=torch.tensor(ids), tokens=Flat(*tokens))
         (found,) = attempt(model, [one], [chosen], config, speaks=False)
         assert exact_answer(found).tolist() == [float(other[: len(ids)] == ids) for other in said]
 

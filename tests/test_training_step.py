@@ -13,7 +13,7 @@ from training_toy import FRAMES, SIDE, ToyRows, keeps_bright, toy_config, toy_mo
 import cacovid_kernels as ck
 from cacovid_kernels.training import Attempts, Reward, Trainer
 from cacovid_kernels.training.data import order_of_epoch
-from cacovid_kernels.training.rollout import encode
+from cacovid_kernels.training.rollout import encode, policy_batch
 
 GRID = (FRAMES, SIDE, SIDE)
 
@@ -71,9 +71,7 @@ def test_steps_are_those_of_the_paper(model, tmp_path):
         for iteration in range(3):
             optimizer.zero_grad()
             for i, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
-                scores = policy(
-                    prompt.embeds[None, : prompt.length], video_mask=prompt.video_mask[None], grid_thw=[GRID]
-                )
+                scores = policy(**policy_batch([prompt]))
                 first[i] = first[i] or type(scores)(*(x.detach() for x in scores))
                 if iteration:
                     accuracy = torch.cat(rewards[i]["tokens"]).mean()

@@ -23,7 +23,7 @@ from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask, word_token
 from cacovid_kernels.demo.world.scenery import paint
 from cacovid_kernels.demo.world.scenes import WorldConfig, draw
 from cacovid_kernels.errors import UserError
-from cacovid_kernels.video_model import VideoModel, load_model
+from cacovid_kernels.video_models import LlavaOneVision, load_llava_onevision
 
 WORLD = WorldConfig()
 
@@ -41,7 +41,7 @@ def network(tokenizer):
 @pytest.fixture(scope="module")
 def model(network, tokenizer):
     mean, std = train_model.OPENAI_CLIP_MEAN, train_model.OPENAI_CLIP_STD
-    return VideoModel(network, tokenizer, tuple(mean), tuple(std), "world", is_random=True)
+    return LlavaOneVision(network, tokenizer, tuple(mean), tuple(std), "world", is_random=True)
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_a_run_that_is_stopped_ends_in_the_same_weights(tmp_path):
             record.pop("seconds")
     assert logs[0] == logs[1]
 
-    exported = load_model(str(resumed.export()))
+    exported = load_llava_onevision(str(resumed.export()))
     batch = world_batch(1, range(4), exported.tokenizer, WORLD)
     everything = torch.arange(WORLD.tokens).expand(4, -1)
     network = exported.network.float()

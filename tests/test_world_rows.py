@@ -12,14 +12,14 @@ from cacovid_kernels.demo.world.questions import KINDS, word_tokenizer
 from cacovid_kernels.demo.world.rows import WorldRows
 from cacovid_kernels.training import Trainer, read_log
 from cacovid_kernels.training.rollout import encode
-from cacovid_kernels.video_model import VideoModel
+from cacovid_kernels.video_models import LlavaOneVision
 
 
 @pytest.fixture(scope="module")
 def model():
     tokenizer = word_tokenizer()
     network = build_network(WorldGeometry(layers=1), tokenizer, seed=0).eval()
-    return VideoModel(network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), "world", is_random=True)
+    return LlavaOneVision(network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), "world", is_random=True)
 
 
 def test_rows_are_a_function_of_their_number():

@@ -23,7 +23,7 @@ from cacovid_kernels.demo.world.scenes import draw
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.video import read_clip
-from cacovid_kernels.video_model import load_model
+from cacovid_kernels.video_models import load_model
 
 
 @pytest.fixture(scope="module")

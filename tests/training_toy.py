@@ -8,13 +8,13 @@ import torch
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import Sample
 from cacovid_kernels.training.rewards import Attempts, Reward
-from cacovid_kernels.video_model import TinyGeometry, VideoModel, tiny_model
+from cacovid_kernels.video_models import LlavaOneVision, TinyGeometry, tiny_model
 
 FRAMES, SIDE, CELL = 4, 4, 28
 GEOMETRY = TinyGeometry(image_size=SIDE * CELL, patch_size=14, vision_width=32, vision_layers=1, width=64, layers=2)
 
 
-def toy_model(seed: int = 0) -> VideoModel:
+def toy_model(seed: int = 0) -> LlavaOneVision:
     """A random model of 4 x 4 tokens per frame."""
     return tiny_model(GEOMETRY, seed)
 

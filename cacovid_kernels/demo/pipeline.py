@@ -21,7 +21,7 @@ from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import CompressionPolicy, PolicyScores
 from cacovid_kernels.selection import Selection
 from cacovid_kernels.video import Clip, read_clip
-from cacovid_kernels.video_model import TinyGeometry, VideoModel, load_model, tiny_model
+from cacovid_kernels.video_models import LlavaOneVision, TinyGeometry, load_llava_onevision, tiny_model
 
 BOTH, FULL, COMPRESSED = "both", "full", "compressed"
 DEMO_SEED = 5  # of the world: nothing was trained or evaluated on it
@@ -72,7 +72,7 @@ class Result:
     options: Options
     scene: Scene
     clip: Clip
-    model: VideoModel
+    model: LlavaOneVision
     selection: Selection
     token_scores: Tensor  # [N] float32
     frame_scores: Tensor  # [F] float32
@@ -129,9 +129,9 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
         clip = read_clip(scene.video, options.num_frames, advance)
     with progress.stage("load the model"):
         if options.in_world:
-            model = replace(load_model(str(MODEL)), name=WORLD)
+            model = replace(load_llava_onevision(str(MODEL)), name=WORLD)
         elif options.model:
-            model = load_model(options.model)
+            model = load_llava_onevision(options.model)
         else:
             model = tiny_model(options.geometry, options.seed)
         model.network.to(device, _dtype(options.dtype, device, model.network.dtype))
@@ -213,7 +213,7 @@ def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else stored
 
 
-def _policy(options: Options, model: VideoModel) -> CompressionPolicy:
+def _policy(options: Options, model: LlavaOneVision) -> CompressionPolicy:
     """The policy in `options.policy`, else the world's, else the language model's first layer with random heads."""
     network, folder = model.network, options.policy or (POLICY if options.in_world else None)
     if folder is None:
@@ -247,7 +247,7 @@ def _select(scores: PolicyScores, grid: tuple[int, int, int], options: Options) 
 
 
 def _generate(
-    model: VideoModel,
+    model: LlavaOneVision,
     meter: Meter,
     run: str,
     inputs: tuple[Tensor, Tensor, Tensor],
@@ -270,7 +270,7 @@ def _generate(
     return output.sequences[0], torch.cat(output.logits)
 
 
-def _warm_up(model: VideoModel, policy: CompressionPolicy, options: Options) -> None:
+def _warm_up(model: LlavaOneVision, policy: CompressionPolicy, options: Options) -> None:
     grid = model.grid(1)
     ids = model.prompt("", grid[1] * grid[2])
     video_mask = model.video_mask(ids)

@@ -12,7 +12,7 @@ from cacovid_kernels.demo.world.rows import WORLD, WorldRows
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import FileRows, Rows
 from cacovid_kernels.training.trainer import Trainer
-from cacovid_kernels.video_model import load_model
+from cacovid_kernels.video_models import load_model
 
 
 def run_train(path: Path) -> int:

@@ -30,6 +30,7 @@ class Sample:
     frames: np.ndarray  # [T, H, W, 3] uint8
     question: str
     answer: str
+    timestamps: tuple[float, ...] | None = None  # of the frames, in seconds; some models read them
 
 
 class BadRowError(Exception):
@@ -85,7 +86,7 @@ class FileRows:
             clip = read_clip(self.root / video, self.num_frames)
         except UserError as error:
             raise BadRowError(f"{name}: {error}") from None
-        return Sample(name, clip.frames, question, marked.group(1) if marked else answer)
+        return Sample(name, clip.frames, question, marked.group(1) if marked else answer, clip.timestamps)
 
 
 def _line(text: str) -> Any:

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from cacovid_kernels._masks import masked_positions
 from cacovid_kernels.errors import UserError
-from cacovid_kernels.ops.gather import gather_tokens
+from cacovid_kernels.integrations.transformers.adapter import Adapter
+from cacovid_kernels.integrations.transformers.prompt import read
+from cacovid_kernels.integrations.transformers.prune import Flat, flat, take
+from cacovid_kernels.integrations.transformers.registry import adapter_of
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.data import BadRowError, Sample
 from cacovid_kernels.training.rewards import Attempts
-from cacovid_kernels.video_model import VideoModel
+from cacovid_kernels.video_models import VideoModel
 
 
 class Prompt(NamedTuple):
     """A sample as the language model reads it, and the right answer behind it."""
 
     sample: Sample
-    embeds: Tensor  # [L + A - 1, D]: the prompt, then the right answer but for its last token
-    video_mask: Tensor  # [L] bool
+    tokens: Flat  # [L + A - 1]: the prompt, then the right answer but for its last token
+    encoded: dict[str, Any]  # outputs of the vision tower
     video: Tensor  # [N] int64 positions of the video tokens
     text: Tensor  # [L - N] int64 positions of the rest of the prompt
     answer: Tensor  # [A] int64 token ids
@@ -31,12 +34,12 @@ class Prompt(NamedTuple):
 
     @property
     def length(self) -> int:
-        return self.video_mask.shape[0]
+        return len(self.video) + len(self.text)
 
     @property
     def features(self) -> Tensor:
         """`[N, D]` of the video tokens."""
-        return self.embeds[self.video]
+        return self.tokens.inputs_embeds[self.video]
 
 
 @torch.no_grad()
@@ -46,44 +49,43 @@ def encode(model: VideoModel, sample: Sample, config: TrainConfig) -> Prompt:
     Raises:
         BadRowError: the question or the answer cannot be written in the model's tokens.
     """
-    grid = model.grid(len(sample.frames))
-    total = grid[0] * grid[1] * grid[2]
     try:
-        ids = model.prompt(sample.question, total)
+        inputs = model.inputs(sample.frames, sample.question, sample.timestamps)
     except UserError as error:
         raise BadRowError(f"{sample.name}: {error}") from None
     answer = model.tokenizer(sample.answer + config.answer_end, add_special_tokens=False)["input_ids"]
     if not answer:
         raise BadRowError(f"{sample.name}: answer {sample.answer!r} has no token.")
+    ids = inputs["input_ids"]
     answer = torch.tensor(answer, device=ids.device)
-    video_mask = model.video_mask(ids)[0]
-    prompt = model.embed(ids, model.encode_video(model.pixels(sample.frames), lambda fraction: None))[0]
-    spoken = model.network.get_input_embeddings()(answer[:-1])
-    return Prompt(
-        sample,
-        torch.cat([prompt, spoken]),
-        video_mask,
-        masked_positions(video_mask, total),
-        masked_positions(~video_mask, len(prompt) - total),
-        answer,
-        grid,
-    )
+    spoken, length = len(answer) - 1, ids.shape[1]
+    inputs = {**inputs, "input_ids": torch.cat([ids, answer[None, :-1]], 1)}
+    for name, of_text in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if inputs.get(name) is not None:
+            inputs[name] = F.pad(inputs[name], (0, spoken), value=of_text)
+    whole = read(model.network, adapter_of(model.network), inputs)
+    is_text = torch.ones(length, dtype=torch.bool, device=ids.device).scatter(0, whole.tokens, False)
+    text = masked_positions(is_text, length - len(whole.tokens))
+    return Prompt(sample, flat(whole), whole.encoded, whole.tokens, text, answer, whole.grid_thw[0])
 
 
 def policy_batch(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Arguments of a `CompressionPolicy` for a batch of prompts, padded on the right."""
     longest = max(prompt.length for prompt in prompts)
-    padding = [longest - prompt.length for prompt in prompts]
+    embeds, masks = [], []
+    for prompt in prompts:
+        padding = longest - prompt.length
+        embeds.append(F.pad(prompt.tokens.inputs_embeds[: prompt.length].float(), (0, 0, 0, padding)))
+        is_video = torch.zeros(longest, dtype=torch.bool, device=prompt.video.device)
+        masks.append(is_video.scatter(0, prompt.video, True))
     batch: dict[str, Any] = {
-        "inputs_embeds": torch.stack(
-            [F.pad(x.embeds[: x.length].float(), (0, 0, 0, more)) for x, more in zip(prompts, padding, strict=True)]
-        ),
-        "video_mask": torch.stack([F.pad(x.video_mask, (0, more)) for x, more in zip(prompts, padding, strict=True)]),
+        "inputs_embeds": torch.stack(embeds),
+        "video_mask": torch.stack(masks),
         "grid_thw": [prompt.grid for prompt in prompts],
     }
-    if any(padding):
+    if any(prompt.length < longest for prompt in prompts):
         real = torch.tensor([[i < x.length for i in range(longest)] for x in prompts])
-        batch["attention_mask"] = real.to(prompts[0].embeds.device)
+        batch["attention_mask"] = real.to(embeds[0].device)
     return batch
 
 
@@ -98,32 +100,70 @@ def attempt(
         kept: `[G, K]` positions in the video per sample, -1 padding; K may differ from sample to sample.
         speaks: generate texts, instead of asking for the right answer's probabilities.
     """
-    # Every combination is an index into one copy of all prompts; -1, which sorts first, is padding on the left.
-    rows, first = [], 0
-    for prompt, chosen in zip(prompts, kept, strict=True):
-        spoken = 0 if speaks else len(prompt.answer) - 1
-        rest = torch.cat([prompt.text, torch.arange(prompt.length, prompt.length + spoken, device=chosen.device)])
-        video = torch.where(chosen < 0, -1, prompt.video[chosen.clamp(min=0)])
-        index = torch.cat([video, rest.expand(len(chosen), -1)], 1).sort(1).values
-        rows.append(torch.where(index < 0, -1, index + first))
-        first += len(prompt.embeds)
-    longest = max(index.shape[1] for index in rows)
-    index = torch.cat([F.pad(index, (longest - index.shape[1], 0), value=-1) for index in rows])  # [S * G, L']
-    places = torch.cat([torch.arange(len(prompt.embeds), device=index.device) for prompt in prompts])
-    embeds, positions = gather_tokens((torch.cat([prompt.embeds for prompt in prompts]), places), index)
-    inputs = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": (index >= 0).long()}
+    adapter = adapter_of(model.network)
+    if adapter.embeddings_suffice:
+        return _attempt(model, adapter, prompts, kept, config, speaks)
+    return [
+        found
+        for prompt, chosen in zip(prompts, kept, strict=True)
+        for found in _attempt(model, adapter, [prompt], [chosen], config, speaks)
+    ]
+
+
+def _attempt(
+    model: VideoModel,
+    adapter: Adapter,
+    prompts: Sequence[Prompt],
+    kept: Sequence[Tensor],
+    config: TrainConfig,
+    speaks: bool,
+) -> list[Attempts]:
+    """One forward, or one generation, for all combinations of all prompts."""
+    inputs = _inputs(model, adapter, prompts, kept, speaks)
     sizes = [len(chosen) for chosen in kept]
     if speaks:
         output = model.network.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False)
-        texts = model.tokenizer.batch_decode(output, skip_special_tokens=True)
+        new = output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
+        texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
         starts = [sum(sizes[:s]) for s in range(len(sizes))]
         return [
             Attempts(prompt.sample, chosen, prompt.answer, None, texts[start : start + len(chosen)])
             for prompt, chosen, start in zip(prompts, kept, starts, strict=True)
         ]
     most = max(len(prompt.answer) for prompt in prompts)
-    logits = model.network(**inputs, logits_to_keep=most, use_cache=False).logits  # [S * G, most, V]
+    logits = model.network(**inputs, logits_to_keep=most, use_cache=False).logits
+    logits = logits[:, -most:]  # [S * G, most, V]; VideoLLaMA3 gives all
     return [
         Attempts(prompt.sample, chosen, prompt.answer, rows[:, most - len(prompt.answer) :], None)
         for prompt, chosen, rows in zip(prompts, kept, logits.split(sizes), strict=True)
     ]
+
+
+def _inputs(
+    model: VideoModel, adapter: Adapter, prompts: Sequence[Prompt], kept: Sequence[Tensor], speaks: bool
+) -> dict[str, Any]:
+    """Arguments of the model for all combinations: a row each, gathered from one copy of all prompts."""
+    rows, first = [], 0
+    for prompt, chosen in zip(prompts, kept, strict=True):
+        spoken = 0 if speaks else len(prompt.answer) - 1
+        rest = torch.cat([prompt.text, torch.arange(prompt.length, prompt.length + spoken, device=chosen.device)])
+        video = torch.where(chosen < 0, -1, prompt.video[chosen.clamp(min=0)])
+        # -1, which sorts first, is padding on the left.
+        index = torch.cat([video, rest.expand(len(chosen), -1)], 1).sort(1).values
+        rows.append(torch.where(index < 0, -1, index + first))
+        first += len(prompt.tokens.input_ids)
+    longest = max(index.shape[1] for index in rows)
+    index = torch.cat([F.pad(index, (longest - index.shape[1], 0), value=-1) for index in rows])  # [S * G, L']
+    ids, embeds, positions, mask = zip(*(prompt.tokens for prompt in prompts), strict=True)
+    tokens = Flat(torch.cat(ids), torch.cat(embeds), torch.cat(positions, -1), torch.cat(mask))
+    if adapter.embeddings_suffice:
+        compacted = take(tokens, index, index[:0, 0], (), {})
+    else:
+        (chosen,) = kept
+        counts = tuple((chosen >= 0).sum(1).tolist())
+        compacted = take(tokens, index, chosen[chosen >= 0], counts, prompts[0].encoded)
+    return {
+        **adapter.pack(model.network, compacted),
+        "position_ids": compacted.position_ids,
+        "attention_mask": compacted.attention_mask,
+    }

@@ -34,7 +34,7 @@ from cacovid_kernels.training.checkpoint import (
 )
 from cacovid_kernels.training.config import TrainConfig
 from cacovid_kernels.training.samplers import trained_heads
-from cacovid_kernels.video_model import VideoModel
+from cacovid_kernels.video_models import VideoModel
 
 OPTIMIZER, TRAINER, CONFIG = "optimizer.safetensors", "trainer.json", "config.json"
 
@@ -64,13 +64,17 @@ def first_policy(config: TrainConfig, model: VideoModel) -> CompressionPolicy:
     """The policy that training starts from.
 
     Raises:
-        UserError: `config.policy` cannot be loaded, or is of another model.
+        UserError: `config.policy` cannot be loaded, or is of another model; without one, the language model's first
+            layer is of another kind than a policy's.
     """
     network = model.network
     if config.policy is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed % 2**63)
-            return CompressionPolicy.from_language_model(network.model.language_model).to(network.device)
+            try:
+                return CompressionPolicy.from_language_model(network.get_decoder()).to(network.device)
+            except ValueError as error:
+                raise UserError(f"policy: none can be copied from the model: {error} Give a policy's folder.") from None
     try:
         policy = CompressionPolicy.from_pretrained(config.policy, device=network.device)
     except (OSError, ValueError, ImportError) as error:

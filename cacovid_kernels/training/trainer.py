@@ -27,7 +27,7 @@ from cacovid_kernels.training.rollout import Prompt, attempt, encode, policy_bat
 from cacovid_kernels.training.samplers import SAMPLERS, Scene
 from cacovid_kernels.training.stages import Stages
 from cacovid_kernels.training.state import State, check_accelerator, first_policy, optimizer_groups
-from cacovid_kernels.video_model import VideoModel
+from cacovid_kernels.video_models import VideoModel
 
 
 class _Sample:
@@ -60,7 +60,7 @@ class Trainer:
 
     Example:
         >>> import numpy as np, tempfile
-        >>> from cacovid_kernels.video_model import TinyGeometry, tiny_model
+        >>> from cacovid_kernels.video_models import TinyGeometry, tiny_model
         >>> from cacovid_kernels.training import Sample, TrainConfig, Trainer
         >>> model = tiny_model(TinyGeometry(image_size=56, vision_width=16, vision_layers=1, width=32, layers=1))
         >>> rows = [Sample("grey", np.full((2, 56, 56, 3), 128, np.uint8), "which colour?", "grey")]

@@ -25,7 +25,7 @@ from cacovid_kernels.demo.world.rules import RULES, Rule, answers_right, policy_
 from cacovid_kernels.demo.world.scenes import WorldConfig
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import CompressionPolicy
-from cacovid_kernels.video_model import load_model
+from cacovid_kernels.video_models import load_model
 
 FRESH = 2  # seed of the world: neither that of training nor the one looked at during training
 RATIOS = (0.25, 0.2, 0.15, 0.1, 0.05, 0.02)

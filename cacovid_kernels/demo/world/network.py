@@ -18,7 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from cacovid_kernels.demo.world.questions import ANSWERS, Questions, ask, labels
 from cacovid_kernels.demo.world.scenery import SIZE, paint
 from cacovid_kernels.demo.world.scenes import SIDE, WorldConfig, draw
-from cacovid_kernels.video_model import AFTER, BEFORE, SPECIAL_TOKENS
+from cacovid_kernels.video_models.llava_onevision import AFTER, BEFORE, SPECIAL_TOKENS
 
 READING_LAYERS = 2  # the first layers read the question; the others look for what it names
 

@@ -25,7 +25,7 @@ from cacovid_kernels.demo.world.scenes import (
     Scenes,
     uniforms,
 )
-from cacovid_kernels.video_model import SPECIAL_TOKENS
+from cacovid_kernels.video_models.llava_onevision import SPECIAL_TOKENS
 
 KINDS = ("colour", "shape", "place", "direction", "event", "order")
 PLACES = (

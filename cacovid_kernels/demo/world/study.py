@@ -29,7 +29,7 @@ from cacovid_kernels.policy import CompressionPolicy
 from cacovid_kernels.training.config import SAMPLERS, TrainConfig
 from cacovid_kernels.training.data import Sample
 from cacovid_kernels.training.trainer import Trainer
-from cacovid_kernels.video_model import VideoModel, load_model
+from cacovid_kernels.video_models import VideoModel, load_model
 
 RATIOS = (0.02, 0.05, 0.1)
 SEEDS = (0, 1, 2)

@@ -90,6 +90,7 @@ class Adapter:
     model_types: tuple[str, ...]
     modality = "video"  # whose features hold the video: "image" where the processor makes no difference
     pixels = "pixel_values_videos"
+    embeddings_suffice = True  # `pack` needs nothing of the vision tower's outputs
 
     def visuals(self, model: Any, inputs: Mapping[str, Any], num_features: int) -> list[Visual]:
         """What the placeholders of `modality` are, in their order over the whole batch.

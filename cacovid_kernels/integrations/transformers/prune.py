@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,16 +136,42 @@ def compact(prompt: Prompt, indices: Tensor, kept: tuple[int, ...]) -> tuple[Com
     for row, k, (t, h, w) in zip(prompt.rows, kept, prompt.grid_thw, strict=True):
         lengths[row] -= t * h * w - k
     index = _left_padded(prompt, indices, lengths)
-    ids, embeds, positions, mask = gather_tokens(
-        [
-            prompt.input_ids.flatten(),
-            prompt.inputs_embeds.flatten(0, 1),
-            prompt.position_ids.flatten(-2),
-            prompt.attention_mask.flatten(),
-        ],
-        index,
-        dim=[0, 0, prompt.position_ids.dim() - 2, 0],
+    return take(flat(prompt), index, indices, kept, prompt.encoded), index
+
+
+class Flat(NamedTuple):
+    """Tokens of prompts one after another.
+
+    Attributes:
+        input_ids: `[M]`.
+        inputs_embeds: `[M, D]`.
+        position_ids: `[M]`, or `[3, M]` for M-RoPE.
+        attention_mask: `[M]` int64.
+    """
+
+    input_ids: Tensor
+    inputs_embeds: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+
+
+def flat(prompt: Prompt) -> Flat:
+    """The tokens of a batch of prompts, padding among them."""
+    return Flat(
+        prompt.input_ids.flatten(),
+        prompt.inputs_embeds.flatten(0, 1),
+        prompt.position_ids.flatten(-2),
+        prompt.attention_mask.flatten(),
     )
+
+
+def take(tokens: Flat, index: Tensor, indices: Tensor, kept: tuple[int, ...], encoded: dict[str, Any]) -> Compacted:
+    """Prompts of the tokens at `index` `[B, L']`, ascending in each row, -1 in front as padding.
+
+    `indices`, `kept` and `encoded` are those of `Compacted`.
+    """
+    axes = [0, 0, tokens.position_ids.dim() - 1, 0]
+    ids, embeds, positions, mask = gather_tokens(list(tokens), index, dim=axes)
     text = counted(mask)
     if positions.dim() == 3:
         # The first row serves masks alone. Were it a row of M-RoPE, its jumps back would be read as the starts of
@@ -154,9 +180,9 @@ def compact(prompt: Prompt, indices: Tensor, kept: tuple[int, ...]) -> tuple[Com
     else:
         # Where a prompt starts with its video the first kept token need not be at 0, but variable-length attention
         # finds the start of a sequence by its position 0. Rotary attention sees differences alone.
-        first = positions.masked_fill(mask == 0, prompt.input_ids.shape[1]).amin(1, keepdim=True)
+        first = positions.masked_fill(mask == 0, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
         positions = (positions - first).masked_fill(mask == 0, 0)
-    return Compacted(ids, mask, embeds, positions, indices, kept, prompt.encoded), index
+    return Compacted(ids, mask, embeds, positions, indices, kept, encoded)
 
 
 def _left_padded(prompt: Prompt, indices: Tensor, lengths: list[int]) -> Tensor:

@@ -14,6 +14,7 @@ from cacovid_kernels.integrations.transformers.qwen2_vl import Qwen2VL
 class Qwen3VL(Qwen2VL):
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
+    embeddings_suffice = False
 
     def check(self, model: Any) -> None:
         super().check(model)

@@ -1,9 +1,9 @@
-"""LLaVA-OneVision of Hugging Face: tiny and random, or a checkpoint."""
+"""LLaVA-OneVision of Hugging Face without its processor, which needs torchvision: tiny and random, or a checkpoint."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cacovid_kernels.errors import UserError
+from cacovid_kernels.video_models.base import loading, read_config
 
 # The prompt in which LLaVA-OneVision was trained, as its model card gives it.
 BEFORE, AFTER = "<|im_start|>user ", "\n{question}<|im_end|><|im_start|>assistant\n"
@@ -37,7 +38,7 @@ class TinyGeometry:
 
 
 @dataclass(frozen=True)
-class VideoModel:
+class LlavaOneVision:
     """A LLaVA-OneVision model with what turns frames and a question into its inputs."""
 
     network: Any  # transformers.LlavaOnevisionForConditionalGeneration
@@ -50,6 +51,11 @@ class VideoModel:
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    def inputs(self, frames: np.ndarray, question: str, timestamps: Sequence[float] | None = None) -> dict[str, Any]:
+        """As `VideoModel.inputs`; times do not enter this model."""
+        t, h, w = self.grid(len(frames))
+        return {"input_ids": self.prompt(question, t * h * w), "pixel_values_videos": self.pixels(frames)[None]}
 
     def grid(self, num_frames: int) -> tuple[int, int, int]:
         """Frames, rows and columns of the video tokens: the tower's patches after 2x2 pooling."""
@@ -111,7 +117,7 @@ class VideoModel:
         return embeds.masked_scatter(placeholders, video.to(embeds.dtype))
 
 
-def tiny_model(geometry: TinyGeometry = TinyGeometry(), seed: int = 0) -> VideoModel:
+def tiny_model(geometry: TinyGeometry = TinyGeometry(), seed: int = 0) -> LlavaOneVision:
     """Build a random LLaVA-OneVision model and a byte-level tokenizer, without any download."""
     tokenizer = _byte_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -147,32 +153,29 @@ def tiny_model(geometry: TinyGeometry = TinyGeometry(), seed: int = 0) -> VideoM
         torch.manual_seed(seed)
         network = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
     network.generation_config = transformers.GenerationConfig(pad_token_id=ids["<|im_end|>"])
-    return VideoModel(
+    return LlavaOneVision(
         network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), "tiny random", is_random=True
     )
 
 
-def load_model(name: str) -> VideoModel:
+def load_llava_onevision(name: str) -> LlavaOneVision:
     """Load a LLaVA-OneVision checkpoint from a folder in the layout of Hugging Face, or by its hub name.
 
     Raises:
         UserError: there is no such folder or model, or it is of another kind.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        if config.model_type != "llava_onevision":
-            raise UserError(
-                f"model: {name} is a {config.model_type} model; it must be llava_onevision. "
-                "Give a LLaVA-OneVision checkpoint in the layout of Hugging Face."
-            )
+    config = read_config(name)
+    if config.model_type != "llava_onevision":
+        raise UserError(
+            f"model: {name} is a {config.model_type} model; it must be llava_onevision. "
+            "Give a LLaVA-OneVision checkpoint in the layout of Hugging Face."
+        )
+    with loading(name):
         network = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(name, dtype="auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         images, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         mean, std = tuple(images["image_mean"]), tuple(images["image_std"])
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"model: {name} cannot be loaded: {reason[0]} Give a checkpoint folder.") from None
-    return VideoModel(network.eval(), tokenizer, mean, std, name, is_random=False)
+    return LlavaOneVision(network.eval(), tokenizer, mean, std, name, is_random=False)
 
 
 def _byte_tokenizer() -> Any:
