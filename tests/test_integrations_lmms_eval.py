@@ -171,7 +171,7 @@ def test_answers_are_those_of_compress_in_the_order_of_the_requests(module, fold
     kept = 4 + 1  # of 16, and the newline
     assert counts == [(1 + kept + 4, 5), (1 + kept + 9, 3), (1 + 3, 5)]
     video = model.processor.options[0]["video_metadata"][0]
-    assert video == {"total_num_frames": 8, "fps": 4.0, "duration": 2.0, "frames_indices": [0, 2, 5, 7]}
+    assert video == {"total_num_frames": 2000, "fps": 1000.0, "duration": 2.0, "frames_indices": [0, 500, 1250, 1750]}
     assert "generate" not in vars(model.model)
 
 

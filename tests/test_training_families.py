@@ -43,8 +43,8 @@ class Played:
 
 
 def config(output="", **changes):
-    values = {"num_token": 5, "num_frame": 2, "num_content": 1, "num_iterations": 2, "batch_size": 2, "max_steps": 1}
-    return TrainConfig(output=str(output), keep_ratio=0.5, answer_end="", **{**values, **changes})
+    values = {"answer_end": "", "num_token": 5, "num_frame": 2, "num_content": 1, "num_iterations": 2}
+    return TrainConfig(output=str(output), keep_ratio=0.5, **{**values, "batch_size": 2, "max_steps": 1, **changes})
 
 
 def sample(question, answer):
@@ -109,3 +109,8 @@ def test_a_first_layer_that_is_no_pattern_for_a_policy(tmp_path):
     with pytest.raises(UserError, match=r"policy: .*layers.0.mlp.gate_proj.* Give a policy's folder\.$") as caught:
         Trainer(config(tmp_path), Played("qwen3_vl_moe"), rows)
     assert "\n" not in str(caught.value)
+
+
+def test_the_token_that_ends_an_answer_is_one(tmp_path):
+    with pytest.raises(UserError, match=r"answer_end='<end>' is 5 tokens of this model"):
+        Trainer(config(tmp_path, answer_end="<end>"), Played("video_llava"), [sample("0", "red")])

@@ -83,6 +83,7 @@ class Trainer:
     ) -> None:
         if len(rows) == 0:
             raise UserError("data: no rows. Give at least one.")
+        _check_answer_end(config, model.tokenizer)
         self.config, self.model, self.rows = config, model, rows
         self.reward = REWARDS[config.reward] if reward is None else reward
         self.accelerator = accelerator or Accelerator()
@@ -226,6 +227,16 @@ class Trainer:
         """
         updates = self.steps if self.config.mode == "official" else self.steps * self.config.num_iterations
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * update / updates))
+
+
+def _check_answer_end(config: TrainConfig, tokenizer: Any) -> None:
+    pieces = len(tokenizer(config.answer_end, add_special_tokens=False)["input_ids"])
+    if pieces > 1:
+        its_own = getattr(tokenizer, "eos_token", None)
+        raise UserError(
+            f"training: answer_end={config.answer_end!r} is {pieces} tokens of this model, it must be the one that "
+            f"ends its answers. Give that{f', perhaps {its_own!r}' if its_own else ''}, or ''."
+        )
 
 
 def _split(scores: PolicyScores, prompts: Sequence[Prompt]) -> list[PolicyScores]:

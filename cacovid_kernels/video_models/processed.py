@@ -27,6 +27,7 @@ class ProcessedModel:
 
     def inputs(self, frames: np.ndarray, question: str, timestamps: Sequence[float] | None = None) -> dict[str, Any]:
         """As `VideoModel.inputs`; without times the frames are taken to be a second apart."""
+        times = [float(i) for i in range(len(frames))] if timestamps is None else timestamps
         content = [{"type": "video", "video": frames}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [[{"role": "user", "content": content}]],
@@ -34,22 +35,25 @@ class ProcessedModel:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"do_sample_frames": False, "video_metadata": [metadata(len(frames), timestamps)]},
+            processor_kwargs={"do_sample_frames": False, "video_metadata": [metadata(times)]},
         )
         return dict(inputs.to(self.network.device, self.network.dtype))
 
 
-def metadata(num_frames: int, timestamps: Sequence[float] | None) -> dict[str, Any]:
-    """What processors want to know of a video whose frames have been chosen: times as frames of a finer video."""
-    times = np.arange(num_frames, dtype=float) if timestamps is None else np.asarray(timestamps, dtype=float)
-    rate = 1000.0  # whole milliseconds
-    indices = [round(time * rate) for time in times]
-    return {
-        "total_num_frames": indices[-1] + 1,
-        "fps": rate,
-        "duration": (indices[-1] + 1) / rate,
-        "frames_indices": indices,
-    }
+def metadata(timestamps: Sequence[float], duration: float | None = None) -> dict[str, Any]:
+    """What processors want to know of a video whose frames have been chosen.
+
+    Args:
+        timestamps: T times in seconds from the first frame, ascending.
+        duration: seconds; by default the last frame lasts as long as the others.
+    """
+    last = timestamps[-1]
+    if duration is None:
+        duration = last + (last / (len(timestamps) - 1) if last > 0 else 1.0)
+    # As frames of a finer video, one every millisecond.
+    indices = [round(1000 * time) for time in timestamps]
+    total = max(round(1000 * duration), indices[-1] + 1)
+    return {"total_num_frames": total, "fps": 1000.0, "duration": duration, "frames_indices": indices}
 
 
 def load_processed(name: str) -> ProcessedModel:

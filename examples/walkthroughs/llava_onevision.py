@@ -24,7 +24,7 @@ from cacovid_kernels.compressors import divprune, evs
 from cacovid_kernels.demo.world import MODEL, POLICY
 from cacovid_kernels.demo.world.rows import WorldRows
 from cacovid_kernels.integrations.transformers import compress, next_turn, prune_inputs
-from cacovid_kernels.video_model import load_model
+from cacovid_kernels.video_models import load_model
 from cacovid_kernels.viz import plot_selection
 
 logging.disable_progress_bar()

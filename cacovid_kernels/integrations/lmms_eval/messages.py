@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cacovid_kernels.video import read_clip
+from cacovid_kernels.video_models.processed import metadata
 
 OP = "cacovid"
 
@@ -61,10 +62,4 @@ def _frames(item: dict[str, Any], max_num_frames: int) -> tuple[Any, dict[str, A
     if item.get("start_time") is not None or item.get("end_time") is not None:
         raise ValueError(f"{OP}: {item['url']} is to be cut in time. Cut the file, and leave start and end out.")
     clip = read_clip(item["url"], max_num_frames)
-    rate = clip.available / clip.duration
-    return clip.frames, {
-        "total_num_frames": clip.available,
-        "fps": rate,
-        "duration": clip.duration,
-        "frames_indices": [round(time * rate) for time in clip.timestamps],
-    }
+    return clip.frames, metadata(clip.timestamps, clip.duration)

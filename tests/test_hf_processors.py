@@ -1,0 +1,87 @@
+"""Real processors of every family: what they return is compacted, and training asks its questions by them."""
+
+from __future__ import annotations
+
+import hf_models as hf
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="processors of videos need torchvision")
+pytest.importorskip("accelerate")
+
+from hf_processors import processor
+
+from cacovid_kernels.errors import UserError
+from cacovid_kernels.integrations.transformers import compress, prune_inputs
+from cacovid_kernels.training import Sample, TrainConfig
+from cacovid_kernels.training.rollout import encode
+from cacovid_kernels.video_models import LlavaOneVision, ProcessedModel, load_model
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+TIMES = (0.0, 1.5, 3.0, 4.5)
+QUESTION = "who is it?"
+
+
+def model_of(family):
+    return ProcessedModel(hf.tiny(family), processor(family))
+
+
+def loudest(embeddings, grid_thw):
+    return embeddings.norm(dim=-1)
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_what_a_processor_returns_is_compacted(family):
+    model = model_of(family)
+    inputs = model.inputs(FRAMES, QUESTION, TIMES)
+    text = model.tokenizer.decode(inputs["input_ids"][0])
+    assert QUESTION in text
+    assert text.endswith(("assistant:", "Assistant:"))
+    plain = model.network.generate(**inputs, max_new_tokens=5, do_sample=False)
+    with compress(model.network, loudest, keep_ratio=1.0):
+        assert torch.equal(model.network.generate(**inputs, max_new_tokens=5, do_sample=False), plain)
+    with compress(model.network, loudest, keep_ratio=0.25) as compression:
+        model.network.generate(**inputs, max_new_tokens=5)
+    placeholders = int(torch.isin(inputs["input_ids"], torch.tensor([hf.IMAGE, hf.VIDEO])).sum())
+    assert 2 <= compression.kept[0] <= 0.25 * placeholders
+    out = prune_inputs(model.network, inputs, loudest, keep_ratio=0.25)
+    assert out["attention_mask"].shape == compression.inputs["attention_mask"].shape
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_training_asks_by_the_processor(family):
+    model = model_of(family)
+    prompt = encode(model, Sample("clip", FRAMES, QUESTION, "me", TIMES), TrainConfig(output="", keep_ratio=0.5))
+    t, h, w = prompt.grid
+    assert len(prompt.video) == t * h * w
+    assert prompt.length == model.inputs(FRAMES, QUESTION, TIMES)["input_ids"].shape[1]
+    assert model.tokenizer.decode(prompt.answer) == "me" + TrainConfig(output="", keep_ratio=0.5).answer_end
+
+
+def test_models_are_told_the_times_of_frames():
+    ids = {
+        times: processed.tokenizer.decode(processed.inputs(FRAMES, QUESTION, times)["input_ids"][0])
+        for processed in [model_of("video_llama_3")]
+        for times in (TIMES, None)
+    }
+    assert "4.5s" in ids[TIMES]
+    assert "3.0s" in ids[None]
+    assert "4.5s" not in ids[None]
+    assert "<3.8 seconds>" in model_of("qwen3_vl").tokenizer.decode(
+        model_of("qwen3_vl").inputs(FRAMES, QUESTION, TIMES)["input_ids"][0]
+    )  # the mean of two frames
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_folders_are_loaded(family, tmp_path):
+    hf.tiny(family).save_pretrained(tmp_path)
+    processor(family).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert isinstance(model, LlavaOneVision if family == "llava_onevision" else ProcessedModel)
+    inputs = model.inputs(FRAMES, QUESTION)
+    assert model.network(**inputs).logits.isfinite().all()
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"model: .*") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
