@@ -124,7 +124,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for part, share in row.get("shares", {}).items():
             limit = row["limits"][part]
             verdict = f"  limit {limit:.0%} {'kept' if share < limit else 'MISSED'}"
-            terminalreporter.write_line(f"{row['group']:<44} {part:<28} {share:8.1%}{verdict}")
+            terminalreporter.write_line(f"{row['group']:<44} {part:<28} {100 * share:8.2g}%{verdict}")
     if path := config.getoption("--save-results"):
         header = {
             "commit": _commit(),

@@ -30,7 +30,7 @@ def table(name: str, with_aim_only: bool) -> str:
         for part, share in row.get("shares", {}).items():
             limit = row["limits"][part]
             verdict = f"below {limit:.0%}{'' if share < limit else ', missed'}"
-            lines.append(f"| {row['group']} | share of the first token, {part} | {share:.1%} | {verdict} |")
+            lines.append(f"| {row['group']} | share of the first token, {part} | {100 * share:.2g}% | {verdict} |")
     source = f"commit {header['commit']}, torch {header['torch']}, {header['cpu_isa']}, {header['threads']} thread"
     return "\n".join([*lines, "", f"From [bench/results/{name}.jsonl](/bench/results/{name}.jsonl): {source}."])
 
