@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import hf_models as hf
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from test_hf_oracle import case, full_run, kept_tokens, scores
 
-from cacovid_kernels.integrations.transformers import compress, next_turn, prune_inputs
+from cacovid_kernels.integrations.transformers import compress, context, next_turn, prune_inputs
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -157,6 +158,22 @@ def test_a_model_with_a_generate_of_its_own_gets_it_back():
     with compress(model, scores, keep_ratio=0.5):
         assert model.generate is not own
     assert vars(model)["generate"] is own
+
+
+def test_the_whole_prompt_is_gone_before_the_answer(monkeypatch):
+    family, read = "llava_onevision", context.read
+    model, seen, alive = copy.deepcopy(hf.tiny(family)), [], []
+
+    def reading(*args):
+        prompt = read(*args)
+        seen.append(weakref.ref(prompt))
+        return prompt
+
+    monkeypatch.setattr(context, "read", reading)
+    model.generate = lambda *args, **kwargs: alive.append(seen[0]()) or kwargs["input_ids"]
+    with compress(model, scores, keep_ratio=0.5):
+        model.generate(**hf.batch(family).inputs)
+    assert alive == [None]
 
 
 def test_the_call_looks_as_without_compression():

@@ -116,11 +116,13 @@ def compress(
             chosen = every if selector is None else choice()
             compacted, _ = compact(prompt, *(every if stage == "kv" else chosen))
         made = arguments(model, adapter, given, compacted)
-        kwargs |= _lengths(config, kwargs, ids.shape[1] - compacted.input_ids.shape[1])
+        length = compacted.input_ids.shape[1]
+        kwargs |= _lengths(config, kwargs, ids.shape[1] - length)
         # With the ids beside the embeddings processors of logits see the prompt's text as they would without us.
         named = {**made, "input_ids": compacted.input_ids, **kwargs}
         if stage == "prefill":
             state.inputs, state.kept = made, compacted.lengths
+            del prompt, choice, compacted  # embeddings and features at full length, larger than the cache to come
             out = original(None, generation_config, *args, **named)
         else:
             attention = adapter.last_attention(model) if selector is None else None
@@ -128,7 +130,7 @@ def compress(
             with cached.hooks(model):
                 out = original(None, generation_config, *args, **named)
             state.inputs, state.kept = cached.inputs, cached.kept
-        return _whole_prompts(out, ids, compacted.input_ids.shape[1])
+        return _whole_prompts(out, ids, length)
 
     own = vars(model).get("generate")
     model.generate = generate
