@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--keep-ratio", type=float, default=0.1, help="share of video tokens kept, in (0, 1]")
     demo.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="results")
     demo.add_argument(
-        "--model", help="LLaVA-OneVision folder or hub name; default: that of the rendered world, random for a video"
+        "--model", help="folder or hub name, any family; default: that of the rendered world, random for a video"
     )
     demo.add_argument("--policy", type=Path, metavar="DIR", help="trained policy; default: the world's, else random")
     demo.add_argument(

@@ -9,9 +9,14 @@ import torch
 
 pytest.importorskip("torchvision", reason="processors of videos need torchvision")
 pytest.importorskip("accelerate")
+pytest.importorskip("av")
+pytest.importorskip("rich")
 
+from clips import encode as encode_clip
 from hf_processors import processor
 
+from cacovid_kernels.demo import pipeline
+from cacovid_kernels.demo.report import Progress
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.integrations.transformers import compress, prune_inputs
 from cacovid_kernels.training import Sample, TrainConfig
@@ -85,3 +90,19 @@ def test_folders_are_loaded(family, tmp_path):
     with pytest.raises(UserError, match=r"model: .*") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+def test_the_demo_runs_a_folder(family, tmp_path):
+    hf.tiny(family).save_pretrained(tmp_path / "model")
+    processor(family).save_pretrained(tmp_path / "model")
+    options = pipeline.Options(
+        video=encode_clip(tmp_path / "clip.mp4", frames=12, size=(16, 16)),
+        question=QUESTION,
+        model=str(tmp_path / "model"),
+        num_frames=4,
+        keep_ratio=0.5,
+        max_new_tokens=3,
+        repeats=1,
+    )
+    assert pipeline.run(options, tmp_path, Progress()).agreement.holds

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from hf_played import Played
 from test_hf_oracle import case, full_run
 
 import cacovid_kernels as ck
@@ -18,28 +19,6 @@ from cacovid_kernels.training import Sample, TrainConfig, Trainer
 from cacovid_kernels.training.rollout import attempt, encode
 
 FAMILIES = [*hf.FAMILIES, "qwen3_vl_moe"]
-
-
-class Letters:
-    """A token per letter."""
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": [10 + ord(letter) % 100 for letter in text]}
-
-    def batch_decode(self, rows, skip_special_tokens):
-        return [" ".join(map(str, row)) for row in rows.tolist()]
-
-
-class Played:
-    """A tiny model, and its processor's part played: the question is the number of a prompt."""
-
-    def __init__(self, family):
-        self.family, self.network, self.tokenizer = family, hf.tiny(family), Letters()
-        self.times = []
-
-    def inputs(self, frames, question, timestamps=None):
-        self.times.append(timestamps)
-        return hf.batch(self.family, seed=int(question)).inputs
 
 
 def config(output="", **changes):

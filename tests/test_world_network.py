@@ -23,7 +23,10 @@ from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask, word_token
 from cacovid_kernels.demo.world.scenery import paint
 from cacovid_kernels.demo.world.scenes import WorldConfig, draw
 from cacovid_kernels.errors import UserError
-from cacovid_kernels.video_models import LlavaOneVision, load_llava_onevision
+from cacovid_kernels.integrations.transformers.prompt import read
+from cacovid_kernels.integrations.transformers.prune import compact
+from cacovid_kernels.integrations.transformers.registry import adapter_of
+from cacovid_kernels.video_models import LlavaOneVision, load_model
 
 WORLD = WorldConfig()
 
@@ -41,7 +44,7 @@ def network(tokenizer):
 @pytest.fixture(scope="module")
 def model(network, tokenizer):
     mean, std = train_model.OPENAI_CLIP_MEAN, train_model.OPENAI_CLIP_STD
-    return LlavaOneVision(network, tokenizer, tuple(mean), tuple(std), "world", is_random=True)
+    return LlavaOneVision(network, tokenizer, tuple(mean), tuple(std))
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def test_encode_is_get_video_features(model):
     keep = torch.stack([torch.randperm(WORLD.tokens)[:40].sort().values for _ in range(2)])
     ours = encode(model.network, patches(frames), keep)
     for n in range(2):
-        theirs = model.encode_video(model.pixels(frames[n]), lambda fraction: None)[:-1]
+        theirs = read(model.network, adapter_of(model.network), model.inputs(frames[n], "what")).video_embeds
         torch.testing.assert_close(ours[n], theirs[keep[n]], atol=1e-5, rtol=1e-5)
 
 
@@ -60,18 +63,13 @@ def test_questions_in_one_pass_are_as_one_by_one(model):
     asked = ask(scenes)
     prompt, frames = prompts(asked, model.tokenizer), paint(scenes)
     keep = torch.randperm(WORLD.tokens)[:50].sort().values[None]
-    video = model.encode_video(model.pixels(frames[0]), lambda fraction: None)
     together = hidden_states(model.network, encode(model.network, patches(frames), keep), keep, WORLD.tokens, prompt)
     logits = model.network.get_output_embeddings()(together[0, prompt.asked])
     for kind, question in enumerate(asked.words[0]):
-        ids = model.prompt(question, WORLD.tokens)
-        stays = ~model.video_mask(ids)
-        stays[0, 2 + keep[0]] = True
-        positions = torch.arange(ids.shape[1])[None][:, stays[0]]
+        whole = read(model.network, adapter_of(model.network), model.inputs(frames[0], question))
+        alone, _ = compact(whole, keep[0], (50,))
         alone = model.network(
-            inputs_embeds=model.embed(ids, video)[:, stays[0]],
-            position_ids=positions,
-            attention_mask=torch.ones_like(positions),
+            inputs_embeds=alone.inputs_embeds, position_ids=alone.position_ids, attention_mask=alone.attention_mask
         )
         torch.testing.assert_close(logits[kind], alone.logits[0, -1], atol=1e-4, rtol=1e-4)
 
@@ -150,7 +148,7 @@ def test_a_run_that_is_stopped_ends_in_the_same_weights(tmp_path):
             record.pop("seconds")
     assert logs[0] == logs[1]
 
-    exported = load_llava_onevision(str(resumed.export()))
+    exported = load_model(str(resumed.export()))
     batch = world_batch(1, range(4), exported.tokenizer, WORLD)
     everything = torch.arange(WORLD.tokens).expand(4, -1)
     network = exported.network.float()

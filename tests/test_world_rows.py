@@ -19,7 +19,7 @@ from cacovid_kernels.video_models import LlavaOneVision
 def model():
     tokenizer = word_tokenizer()
     network = build_network(WorldGeometry(layers=1), tokenizer, seed=0).eval()
-    return LlavaOneVision(network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), "world", is_random=True)
+    return LlavaOneVision(network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 
 
 def test_rows_are_a_function_of_their_number():

@@ -63,30 +63,30 @@ def _publish(folder: Path, out: Path) -> None:
 def write_picture(result: Result, path: Path) -> None:
     """Draw the kept tokens of every frame over its score heat."""
     title, selection = None, result.selection
-    if not result.model.is_random:
+    if not result.options.is_random:
         full, short = (result.answers[run] for run in ("full", "compressed"))
         kept, total = sum(selection.lengths), selection.num_tokens
         title = f"{result.scene.question.rstrip('?')}?  {full}, from all {total:,} tokens;  {short}, from {kept:,}"
-    picture = plot_selection(
-        result.clip.frames, selection, result.token_scores, timestamps=result.clip.timestamps, title=title
-    )
+    frames, times = result.shown
+    picture = plot_selection(frames, selection, result.token_scores, timestamps=times, title=title)
     picture.save(path, optimize=True)
 
 
 def write_page(result: Result, path: Path) -> None:
     """Write the page on which the selection can be explored in a browser."""
     selection, scene, answers = result.selection, result.scene, None
-    if not result.model.is_random:
+    if not result.options.is_random:
         answers = {
             f"From all {selection.num_tokens:,} video tokens": result.answers["full"],
             f"From {sum(selection.lengths):,} kept": result.answers["compressed"],
         }
         answers |= {"Right answer": scene.truth} if scene.truth else {}
+    frames, times = result.shown
     page = report(
-        result.clip.frames,
+        frames,
         selection,
         result.token_scores,
-        timestamps=result.clip.timestamps,
+        timestamps=times,
         title=f"Kept video tokens of {result.clip.name}",
         question=scene.question,
         answers=answers,
@@ -125,7 +125,7 @@ def _record(result: Result) -> dict[str, Any]:
         },
         "question": result.scene.question,
         "answers": {**result.answers, "right": result.scene.truth},
-        "model": {"name": result.model.name, "random": result.model.is_random, "seed": options.seed},
+        "model": {"name": options.model_name, "random": options.is_random, "seed": options.seed},
         "policy": str(options.policy)
         if options.policy
         else "of the procedural world"

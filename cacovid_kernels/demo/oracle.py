@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cacovid_kernels.integrations.transformers.adapter import Adapter
+from cacovid_kernels.integrations.transformers.prompt import Prompt, all_tokens
+from cacovid_kernels.integrations.transformers.prune import Compacted, arguments, compact
 
 ROWS_PER_PASS = 512  # through the output projection: the logits of a whole prompt would take gigabytes
 
@@ -31,13 +36,23 @@ class Agreement:
 
 
 @torch.inference_mode()
-def compare(network: Any, embeds: Tensor, keep: Tensor, generated: Tensor, step_logits: Tensor) -> Agreement:
+def compare(
+    network: Any,
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    prompt: Prompt,
+    indices: Tensor,
+    generated: Tensor,
+    step_logits: Tensor,
+) -> Agreement:
     """Compare a compressed run with the full-length run in which nobody sees a dropped token.
 
     Args:
-        network: a causal model of Hugging Face.
-        embeds: `[1, L, D]` inputs of the full prompt.
-        keep: `[L]` bool, the positions of the compressed prompt.
+        network: a Video-LLM of Hugging Face.
+        adapter: of its family.
+        inputs: what its processor returned.
+        prompt: one prompt of one video, at full length.
+        indices: `[K]` int64, the kept ones of its video tokens.
         generated: `[G]` int64 tokens that the compressed run generated.
         step_logits: `[G, V]` logits of each of these steps.
 
@@ -46,32 +61,50 @@ def compare(network: Any, embeds: Tensor, keep: Tensor, generated: Tensor, step_
         roundings per layer in a lower precision.
     """
     # The last token is generated from the one before it and never read.
-    read = generated[:-1]
-    full = torch.cat([embeds, network.get_input_embeddings()(read)[None]], dim=1)
-    keep = torch.cat([keep, keep.new_ones(read.numel())])
-    positions = torch.arange(full.shape[1], device=full.device)[None]
-    ones = keep.new_ones(1, int(keep.sum()), dtype=torch.int64)
+    said = generated[:-1]
+    length = prompt.input_ids.shape[1]
+    prompt = _continued(prompt, network.get_input_embeddings()(said[None]), said[None])
+    keep = torch.ones(length + len(said), dtype=torch.bool, device=said.device)
+    keep[prompt.tokens] = False
+    keep[prompt.tokens[indices]] = True
 
-    masked = _hidden(network, full, keep[None].long(), positions)[keep]
-    short = _hidden(network, full[:, keep], ones, positions[:, keep])
-    renumbered = _hidden(network, full[:, keep], ones, positions[:, : ones.shape[1]])
+    whole, _ = compact(prompt, *all_tokens(prompt))
+    short, _ = compact(prompt, indices, (len(indices),))
+    masked = _hidden(network, adapter, inputs, replace(whole, attention_mask=keep[None].long()))[keep]
+    numbers = torch.arange(short.input_ids.shape[1], device=keep.device).expand_as(short.position_ids)
+    kept_alone = _hidden(network, adapter, inputs, short)
+    renumbered = _hidden(network, adapter, inputs, replace(short, position_ids=numbers))
 
     head = network.get_output_embeddings()
-    prompt, steps = masked.shape[0] - read.numel(), generated.numel()
+    before, steps = masked.shape[0] - len(said), len(generated)
     kept = wrong = scale = 0.0
-    for a, b, c in zip(*(h.split(ROWS_PER_PASS) for h in (masked, short, renumbered)), strict=True):
+    for a, b, c in zip(*(h.split(ROWS_PER_PASS) for h in (masked, kept_alone, renumbered)), strict=True):
         oracle = head(a).float()
         scale = max(scale, oracle.abs().max().item())
         kept = max(kept, (oracle - head(b).float()).abs().max().item())
         wrong = max(wrong, (oracle - head(c).float()).abs().max().item())
-    decoded = head(masked[prompt - 1 : prompt - 1 + steps]).float()
+    decoded = head(masked[before - 1 : before - 1 + steps]).float()
     difference = (decoded - step_logits.float()).abs().max().item()
     layers = network.config.get_text_config().num_hidden_layers
-    precision = 1e-5 if embeds.dtype == torch.float32 else 2 * layers * torch.finfo(embeds.dtype).eps
+    dtype = prompt.inputs_embeds.dtype
+    precision = 1e-5 if dtype == torch.float32 else 2 * layers * torch.finfo(dtype).eps
     return Agreement(kept, difference, scale, wrong, precision * max(1.0, scale))
 
 
-def _hidden(network: Any, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+def _continued(prompt: Prompt, embeds: Tensor, ids: Tensor) -> Prompt:
+    """A prompt with text behind it."""
+    more = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return replace(
+        prompt,
+        input_ids=torch.cat([prompt.input_ids, ids], 1),
+        attention_mask=torch.cat([prompt.attention_mask, torch.ones_like(ids)], 1),
+        inputs_embeds=torch.cat([prompt.inputs_embeds, embeds], 1),
+        position_ids=torch.cat([prompt.position_ids, prompt.position_ids[..., -1:] + more], -1),
+        lengths=(prompt.lengths[0] + ids.shape[1],),
+    )
+
+
+def _hidden(network: Any, adapter: Adapter, inputs: Mapping[str, Any], prompt: Compacted) -> Tensor:
     """`[L, D]` outputs of the last layer, without a cache."""
-    output = network.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state[0]
+    given = arguments(network, adapter, inputs, prompt)
+    return network.model(**given, use_cache=False).last_hidden_state[0]

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cacovid_kernels import gather_tokens, select_tokens, topk_tokens
+from cacovid_kernels import select_tokens, topk_tokens
 from cacovid_kernels.demo.meter import Cost, Meter
 from cacovid_kernels.demo.oracle import Agreement, compare
 from cacovid_kernels.demo.render import render_clip, write_lossless
@@ -18,10 +19,14 @@ from cacovid_kernels.demo.report import Progress
 from cacovid_kernels.demo.world import MODEL, POLICY
 from cacovid_kernels.demo.world.rows import WORLD, WorldRows
 from cacovid_kernels.errors import UserError
+from cacovid_kernels.integrations.transformers.adapter import Adapter
+from cacovid_kernels.integrations.transformers.prompt import Prompt, all_tokens, read
+from cacovid_kernels.integrations.transformers.prune import Compacted, arguments, compact
+from cacovid_kernels.integrations.transformers.registry import adapter_of
 from cacovid_kernels.policy import CompressionPolicy, PolicyScores
 from cacovid_kernels.selection import Selection
 from cacovid_kernels.video import Clip, read_clip
-from cacovid_kernels.video_models import LlavaOneVision, TinyGeometry, load_llava_onevision, tiny_model
+from cacovid_kernels.video_models import TinyGeometry, VideoModel, load_model, tiny_model
 
 BOTH, FULL, COMPRESSED = "both", "full", "compressed"
 DEMO_SEED = 5  # of the world: nothing was trained or evaluated on it
@@ -52,6 +57,15 @@ class Options:
         return self.video is None and self.model is None
 
     @property
+    def is_random(self) -> bool:
+        """Whether nothing was given and nothing known: then the answers mean nothing."""
+        return not self.in_world and self.model is None
+
+    @property
+    def model_name(self) -> str:
+        return WORLD if self.in_world else self.model or "tiny random"
+
+    @property
     def policy_name(self) -> str:
         return str(self.policy) if self.policy else WORLD if self.in_world else "random heads"
 
@@ -72,7 +86,7 @@ class Result:
     options: Options
     scene: Scene
     clip: Clip
-    model: LlavaOneVision
+    model: VideoModel
     selection: Selection
     token_scores: Tensor  # [N] float32
     frame_scores: Tensor  # [F] float32
@@ -82,6 +96,13 @@ class Result:
     costs: dict[tuple[str, str], Cost]
     memory_method: str
     agreement: Agreement
+
+    @property
+    def shown(self) -> tuple[np.ndarray, tuple[float, ...]]:
+        """A frame of the clip for every frame of tokens, and its time: some models merge frames two by two."""
+        t = self.selection.grid_thw[0][0]
+        places = [i * len(self.clip.frames) // t for i in range(t)]
+        return self.clip.frames[places], tuple(self.clip.timestamps[i] for i in places)
 
     @property
     def answers(self) -> dict[str, str]:
@@ -128,46 +149,36 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
     with progress.stage("decode the video") as advance, meter.stage(BOTH, "decode video"):
         clip = read_clip(scene.video, options.num_frames, advance)
     with progress.stage("load the model"):
-        if options.in_world:
-            model = replace(load_llava_onevision(str(MODEL)), name=WORLD)
-        elif options.model:
-            model = load_llava_onevision(options.model)
-        else:
-            model = tiny_model(options.geometry, options.seed)
-        model.network.to(device, _dtype(options.dtype, device, model.network.dtype))
-        policy = _policy(options, model)
+        model = _model(options)
+        network = model.network
+        network.to(device, _dtype(options.dtype, device, network.dtype))
+        adapter, policy = adapter_of(network), _policy(options, network)
 
-    grid = model.grid(len(clip.frames))
-    ids = model.prompt(scene.question, grid[0] * grid[1] * grid[2])
-    video_mask = model.video_mask(ids)
     with progress.stage("warm up"):  # so that no stage pays for loading kernels
-        _warm_up(model, policy, options)
-    with progress.stage("vision tower") as advance, meter.stage(BOTH, "vision tower"):
-        embeds = model.embed(ids, model.encode_video(model.pixels(clip.frames), advance))
-    positions = torch.arange(ids.shape[1], device=device)[None]
-    # An explicit mask: without one, gaps in the positions would be read as the borders of packed sequences.
-    mask = torch.ones_like(ids)
-
+        _warm_up(model, adapter, policy, clip, options)
+    inputs = model.inputs(clip.frames, scene.question, clip.timestamps)
+    with progress.stage("vision tower"), meter.stage(BOTH, "vision tower"):
+        prompt = read(network, adapter, inputs)
+    whole, _ = compact(prompt, *all_tokens(prompt))
     for _ in range(options.repeats):
         with progress.stage("generate, full prompt") as advance:
-            full, _ = _generate(model, meter, FULL, (embeds, positions, mask), options, advance)
+            full, _ = _generate(model, adapter, inputs, whole, meter, FULL, options, advance)
     for _ in range(options.repeats):
         with progress.stage("score"), meter.stage(COMPRESSED, "score"):
-            scores: PolicyScores = policy(embeds, video_mask=video_mask, grid_thw=[grid])
+            scores = _score(policy, prompt)
         with progress.stage("select"), meter.stage(COMPRESSED, "select"):
-            selection = _select(scores, grid, options)
+            selection = _select(scores, prompt.grid_thw[0], options)
         with progress.stage("gather"), meter.stage(COMPRESSED, "gather"):
-            prompt = selection.within(video_mask)
-            inputs = gather_tokens((embeds, positions, mask), prompt, dim=1)
+            short, _ = compact(prompt, selection.indices, selection.lengths)
         with progress.stage("generate, compressed prompt") as advance:
-            short, logits = _generate(model, meter, COMPRESSED, inputs, options, advance)
+            said, logits = _generate(model, adapter, inputs, short, meter, COMPRESSED, options, advance)
     with progress.stage("compare with the masked full-length run"):
-        agreement = compare(model.network, embeds, prompt.mask(), short, logits)
+        agreement = compare(network, adapter, inputs, prompt, selection.indices, said, logits)
 
-    lengths = {FULL: ids.shape[1], COMPRESSED: inputs[0].shape[1]}
-    text = model.network.config.get_text_config()
+    lengths = {FULL: whole.input_ids.shape[1], COMPRESSED: short.input_ids.shape[1]}
+    text = network.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * embeds.element_size()
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * whole.inputs_embeds.element_size()
     return Result(
         options=options,
         scene=scene,
@@ -178,7 +189,7 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
         frame_scores=scores.frames.cpu(),
         prompt_tokens=lengths,
         cache_bytes={name: length * per_token for name, length in lengths.items()},
-        generated={FULL: full.cpu(), COMPRESSED: short.cpu()},
+        generated={FULL: full.cpu(), COMPRESSED: said.cpu()},
         costs=meter.costs,
         memory_method=meter.method,
         agreement=agreement,
@@ -213,13 +224,23 @@ def _dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else stored
 
 
-def _policy(options: Options, model: LlavaOneVision) -> CompressionPolicy:
+def _model(options: Options) -> VideoModel:
+    """The model in `options.model`, else the world's, else a tiny random one."""
+    if options.in_world:
+        return load_model(str(MODEL))
+    return load_model(options.model) if options.model else tiny_model(options.geometry, options.seed)
+
+
+def _policy(options: Options, network: Any) -> CompressionPolicy:
     """The policy in `options.policy`, else the world's, else the language model's first layer with random heads."""
-    network, folder = model.network, options.policy or (POLICY if options.in_world else None)
+    folder = options.policy or (POLICY if options.in_world else None)
     if folder is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            return CompressionPolicy.from_language_model(network.model.language_model).eval()
+            try:
+                return CompressionPolicy.from_language_model(network.get_decoder()).eval()
+            except ValueError as error:
+                raise UserError(f"policy: none can be copied from the model: {error} Give a policy's folder.") from None
     try:
         policy = CompressionPolicy.from_pretrained(folder, dtype=network.dtype, device=network.device)
     except (OSError, ValueError, ImportError) as error:
@@ -231,6 +252,10 @@ def _policy(options: Options, model: LlavaOneVision) -> CompressionPolicy:
             "Give the policy of this model."
         )
     return policy
+
+
+def _score(policy: CompressionPolicy, prompt: Prompt) -> PolicyScores:
+    return policy(prompt.inputs_embeds, video_mask=prompt.video_mask, grid_thw=prompt.grid_thw)
 
 
 def _select(scores: PolicyScores, grid: tuple[int, int, int], options: Options) -> Selection:
@@ -247,38 +272,35 @@ def _select(scores: PolicyScores, grid: tuple[int, int, int], options: Options) 
 
 
 def _generate(
-    model: LlavaOneVision,
+    model: VideoModel,
+    adapter: Adapter,
+    inputs: dict[str, Any],
+    prompt: Compacted,
     meter: Meter,
     run: str,
-    inputs: tuple[Tensor, Tensor, Tensor],
     options: Options,
     progress: Callable[[float], None],
 ) -> tuple[Tensor, Tensor]:
     """Greedy tokens `[G]` and the logits `[G, V]` they were taken from."""
-    embeds, positions, mask = inputs
+    given = arguments(model.network, adapter, inputs, prompt)
     meter.begin()
     output: Any = model.network.generate(
-        inputs_embeds=embeds,
-        position_ids=positions,  # decoding goes on from the last one, gaps or not
-        attention_mask=mask,
+        **given,
         max_new_tokens=options.max_new_tokens,
         do_sample=False,
         streamer=_FirstToken(meter, run, progress, options.max_new_tokens),
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return output.sequences[0], torch.cat(output.logits)
+    logits = torch.cat(output.logits)
+    return output.sequences[0, -len(logits) :], logits
 
 
-def _warm_up(model: LlavaOneVision, policy: CompressionPolicy, options: Options) -> None:
-    grid = model.grid(1)
-    ids = model.prompt("", grid[1] * grid[2])
-    video_mask = model.video_mask(ids)
-    side = model.network.config.vision_config.image_size
-    pixels = torch.zeros(1, 3, side, side, device=model.device, dtype=model.network.dtype)
-    embeds = model.embed(ids, model.encode_video(pixels, lambda fraction: None))
-    selection = _select(policy(embeds, video_mask=video_mask, grid_thw=[grid]), grid, options)
-    positions = torch.arange(ids.shape[1], device=model.device)[None]
-    inputs = gather_tokens((embeds, positions, torch.ones_like(ids)), selection.within(video_mask), dim=1)
+def _warm_up(model: VideoModel, adapter: Adapter, policy: CompressionPolicy, clip: Clip, options: Options) -> None:
+    few = min(2, len(clip.frames))
+    inputs = model.inputs(clip.frames[:few], "", clip.timestamps[:few])
+    prompt = read(model.network, adapter, inputs)
+    selection = _select(_score(policy, prompt), prompt.grid_thw[0], options)
+    short, _ = compact(prompt, selection.indices, selection.lengths)
     two = replace(options, max_new_tokens=2)
-    _generate(model, Meter(model.device), "", inputs, two, lambda fraction: None)
+    _generate(model, adapter, inputs, short, Meter(model.network.device), "", two, lambda fraction: None)

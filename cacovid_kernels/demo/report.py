@@ -75,7 +75,7 @@ def notes(result: Result) -> list[str]:
         f"time: best of {options.repeats}; video and vision tower once, for both runs.",
         f"memory: {result.memory_method}.",
     ]
-    if result.model.is_random:
+    if result.options.is_random:
         lines.append("model: tiny and random, so its answers mean nothing; sizes, times and the check do.")
     else:
         lines.append(f"question: {result.scene.question}")

@@ -1,6 +1,8 @@
 """Frozen Video-LLMs: a network with what turns frames and a question into its inputs."""
 
-from cacovid_kernels.video_models.base import VideoModel, read_config
+from transformers import AutoConfig
+
+from cacovid_kernels.video_models.base import VideoModel, loading
 from cacovid_kernels.video_models.llava_onevision import (
     LlavaOneVision,
     TinyGeometry,
@@ -9,15 +11,7 @@ from cacovid_kernels.video_models.llava_onevision import (
 )
 from cacovid_kernels.video_models.processed import ProcessedModel, load_processed
 
-__all__ = [
-    "LlavaOneVision",
-    "ProcessedModel",
-    "TinyGeometry",
-    "VideoModel",
-    "load_llava_onevision",
-    "load_model",
-    "tiny_model",
-]
+__all__ = ["LlavaOneVision", "ProcessedModel", "TinyGeometry", "VideoModel", "load_model", "tiny_model"]
 
 
 def load_model(name: str) -> VideoModel:
@@ -26,8 +20,8 @@ def load_model(name: str) -> VideoModel:
     LLaVA-OneVision needs no torchvision; the processors of the other families do.
 
     Raises:
-        UserError: there is no such model, or its family is unknown.
+        UserError: there is no such model, its family is unknown, or its processor lacks a package.
     """
-    if read_config(name).model_type == "llava_onevision":
-        return load_llava_onevision(name)
-    return load_processed(name)
+    with loading(name):
+        kind = AutoConfig.from_pretrained(name).model_type
+    return load_llava_onevision(name) if kind == "llava_onevision" else load_processed(name)

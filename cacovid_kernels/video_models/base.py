@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
-import transformers
 
 from cacovid_kernels.errors import UserError
 
@@ -35,22 +34,12 @@ class VideoModel(Protocol):
             timestamps: T times in seconds from the first frame, for models that read them.
 
         Returns:
-            `input_ids [1, L]`, pixels, grids, on the network's device.
+            `input_ids [1, L]`, `attention_mask`, pixels, grids, on the network's device.
 
         Raises:
             UserError: the question cannot be written in the model's tokens.
         """
         ...
-
-
-def read_config(name: str) -> Any:
-    """The config of a checkpoint.
-
-    Raises:
-        UserError: there is no such folder or model.
-    """
-    with loading(name):
-        return transformers.AutoConfig.from_pretrained(name)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cacovid_kernels.errors import UserError
-from cacovid_kernels.video_models.base import loading, read_config
+from cacovid_kernels.video_models.base import loading
 
 # The prompt in which LLaVA-OneVision was trained, as its model card gives it.
 BEFORE, AFTER = "<|im_start|>user ", "\n{question}<|im_end|><|im_start|>assistant\n"
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<image>", "<video>")
-FRAMES_PER_PASS = 8  # through the vision tower, so that its memory does not grow with the video
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,6 @@ class LlavaOneVision:
     tokenizer: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    name: str
-    is_random: bool
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +52,9 @@ class LlavaOneVision:
     def inputs(self, frames: np.ndarray, question: str, timestamps: Sequence[float] | None = None) -> dict[str, Any]:
         """As `VideoModel.inputs`; times do not enter this model."""
         t, h, w = self.grid(len(frames))
-        return {"input_ids": self.prompt(question, t * h * w), "pixel_values_videos": self.pixels(frames)[None]}
+        ids = self.prompt(question, t * h * w)
+        pixels = self.pixels(frames)[None]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
 
     def grid(self, num_frames: int) -> tuple[int, int, int]:
         """Frames, rows and columns of the video tokens: the tower's patches after 2x2 pooling."""
@@ -94,28 +93,6 @@ class LlavaOneVision:
         ids = before + [config.video_token_id] * (num_video_tokens + 1) + after
         return torch.tensor([ids], device=self.device)
 
-    def video_mask(self, ids: Tensor) -> Tensor:
-        """`[1, L]` bool, true at the video tokens; the newline that ends them counts as text and stays."""
-        mask = ids == self.network.config.video_token_id
-        newline = mask.cumsum(1).argmax(1)  # where the count reaches its last value
-        return mask.scatter(1, newline[:, None], False)
-
-    def encode_video(self, pixels: Tensor, progress: Callable[[float], None]) -> Tensor:
-        """Vision tower, projector and pooling: `[T, 3, S, S]` -> `[T * h * w + 1, D]`, the newline last."""
-        features = []
-        for start in range(0, len(pixels), FRAMES_PER_PASS):
-            chunk = pixels[None, start : start + FRAMES_PER_PASS]
-            output = self.network.model.get_video_features(chunk, return_dict=True).pooler_output[0]
-            features.append(output[:-1])
-            progress(min(1.0, (start + FRAMES_PER_PASS) / len(pixels)))
-        return torch.cat([*features, output[-1:]])
-
-    def embed(self, ids: Tensor, video: Tensor) -> Tensor:
-        """Text embeddings with the video features in the placeholders' places: `[1, L, D]`."""
-        embeds = self.network.get_input_embeddings()(ids)
-        placeholders = (ids == self.network.config.video_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(placeholders, video.to(embeds.dtype))
-
 
 def tiny_model(geometry: TinyGeometry = TinyGeometry(), seed: int = 0) -> LlavaOneVision:
     """Build a random LLaVA-OneVision model and a byte-level tokenizer, without any download."""
@@ -153,29 +130,21 @@ def tiny_model(geometry: TinyGeometry = TinyGeometry(), seed: int = 0) -> LlavaO
         torch.manual_seed(seed)
         network = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
     network.generation_config = transformers.GenerationConfig(pad_token_id=ids["<|im_end|>"])
-    return LlavaOneVision(
-        network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), "tiny random", is_random=True
-    )
+    return LlavaOneVision(network, tokenizer, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 
 
 def load_llava_onevision(name: str) -> LlavaOneVision:
     """Load a LLaVA-OneVision checkpoint from a folder in the layout of Hugging Face, or by its hub name.
 
     Raises:
-        UserError: there is no such folder or model, or it is of another kind.
+        UserError: it cannot be loaded.
     """
-    config = read_config(name)
-    if config.model_type != "llava_onevision":
-        raise UserError(
-            f"model: {name} is a {config.model_type} model; it must be llava_onevision. "
-            "Give a LLaVA-OneVision checkpoint in the layout of Hugging Face."
-        )
     with loading(name):
         network = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(name, dtype="auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         images, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         mean, std = tuple(images["image_mean"]), tuple(images["image_std"])
-    return LlavaOneVision(network.eval(), tokenizer, mean, std, name, is_random=False)
+    return LlavaOneVision(network.eval(), tokenizer, mean, std)
 
 
 def _byte_tokenizer() -> Any:

@@ -34,7 +34,7 @@ model, tokenizer = world.network.float(), world.tokenizer
 # %% [markdown]
 # ## A video and a question
 #
-# A clip has 8 frames of 48 x 48 pixels, a frame 6 x 6 video tokens. `ask` does what a processor does.
+# A clip has 8 frames of 48 x 48 pixels, a frame 6 x 6 video tokens. `ask` gives what a processor would.
 #
 # *With a checkpoint of the hub*, make `model` and `inputs` as `examples/transformers/llava_onevision.py` does, with
 # `AutoModelForImageTextToText` and `AutoProcessor`, and pass `divprune` where this passes the small model's own policy.
@@ -53,9 +53,7 @@ answers = {
 
 
 def ask(question):
-    ids = world.prompt(question, num_video_tokens=8 * 6 * 6)
-    pixels = world.pixels(frames)[None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
+    return world.inputs(frames, question)
 
 
 def said(ids):
@@ -102,7 +100,8 @@ def kept_tokens(out):
     return torch.isin(places, out["position_ids"][0]).view(grid)
 
 
-video_mask = world.video_mask(inputs["input_ids"])
+video_mask = inputs["input_ids"] == model.config.video_token_id
+video_mask[0, video_mask[0].nonzero()[-1]] = False  # the newline behind the video is structure
 whole = prune_inputs(model, inputs, policy, keep_ratio=1.0, budget="video")
 out = prune_inputs(model, inputs, policy, keep_ratio=0.1, budget="video")
 with torch.no_grad():

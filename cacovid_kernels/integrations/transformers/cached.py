@@ -124,12 +124,6 @@ class CacheCompaction:
         return scores[self._row, self._column]
 
 
-def all_tokens(prompt: Prompt) -> tuple[Tensor, tuple[int, ...]]:
-    """What `choose` returns where every token stays."""
-    indices = torch.arange(len(prompt.tokens), device=prompt.tokens.device)
-    return indices, tuple(t * h * w for t, h, w in prompt.grid_thw)
-
-
 def _check_cache(cache: Any) -> None:
     kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())} - {"DynamicLayer"}
     if cache is None or kinds or getattr(cache, "offloading", False):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from cacovid_kernels.integrations.transformers.adapter import VISION_INPUTS
-from cacovid_kernels.integrations.transformers.cached import CacheCompaction, all_tokens
-from cacovid_kernels.integrations.transformers.prompt import read
+from cacovid_kernels.integrations.transformers.cached import CacheCompaction
+from cacovid_kernels.integrations.transformers.prompt import all_tokens, read
 from cacovid_kernels.integrations.transformers.prune import arguments, compact
 from cacovid_kernels.integrations.transformers.registry import adapter_of
 from cacovid_kernels.integrations.transformers.selectors import (

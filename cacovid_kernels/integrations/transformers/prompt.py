@@ -98,6 +98,12 @@ def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any]) -> Prompt:
     )
 
 
+def all_tokens(prompt: Prompt) -> tuple[Tensor, tuple[int, ...]]:
+    """What `choose` returns where every token stays."""
+    indices = torch.arange(len(prompt.tokens), device=prompt.tokens.device)
+    return indices, tuple(t * h * w for t, h, w in prompt.grid_thw)
+
+
 def _check(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> None:
     for name in ("inputs_embeds", "position_ids", "past_key_values"):
         if inputs.get(name) is not None:
