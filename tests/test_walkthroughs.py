@@ -155,9 +155,10 @@ def test_notebook_is_the_script_and_ran(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_notebook_names_no_machine(script):
-    text = (NOTEBOOKS / f"{script.stem}.ipynb").read_text()
-    assert not re.search(r"/work/|/tmp/|/home/|/root/|site-packages|\d ms\b", text)
-    notebook = json.loads(text)
+    notebook = json.loads((NOTEBOOKS / f"{script.stem}.ipynb").read_text())
+    for output in (output for cell in notebook["cells"] for output in cell.get("outputs", [])):
+        output.get("data", {}).pop("image/png", None)
+    assert not re.search(r"(?<![\w:/.>])/\w+/\w|site-packages|\d ms\b", json.dumps(notebook))
     assert notebook["metadata"].keys() == {"kernelspec", "language_info"}
     assert all(cell["metadata"] == {} for cell in notebook["cells"])
 
