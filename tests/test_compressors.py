@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,27 @@ def test_errors(rule):
         rule(torch.randn(4, 9, 16), 37)
     with pytest.raises(ValueError, match="features must be real"):
         rule(torch.randn(9, 16), 3)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", [divprune, evs, vidcom2])
+def test_a_token_that_is_no_number_comes_last(rule, odd):
+    torch.manual_seed(0)
+    features = torch.randn(2, 4, 6, 8)
+    features[0, 1, 2, 3] = odd
+    bad = 1 * 6 + 2
+    kept = rule(features, 23)
+    assert kept[0].tolist() == [i for i in range(24) if i != bad]
+    assert torch.equal(rule(features, 24)[0], torch.arange(24))
+    assert torch.equal(kept[1], rule(features[1], 23))
+    assert bad not in rule(features, 12)[0]
+
+
+def test_fastv_counts_video_tokens_alone():
+    mask = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 0]).bool()
+    query, keys = torch.randn(4, 8), torch.randn(2, 9, 8)
+    assert fastv(query, keys, mask, 4).tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"num_tokens=5 must be in \[0, N=4\]. Ask for at most 4"):
+        fastv(query, keys, mask, 5)
+    keys[0, 4] = math.nan
+    assert len(set(fastv(query, keys, mask, 3).tolist())) == 3

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cacovid_kernels.compressors._keep import check_count, check_features
+from cacovid_kernels.compressors._keep import check_count, check_features, without_odd
 
 
 def divprune(features: Tensor, num_tokens: int, *, order: str = "index") -> Tensor:
@@ -16,7 +16,8 @@ def divprune(features: Tensor, num_tokens: int, *, order: str = "index") -> Tens
     instead of one pass over the rows of all tokens chosen so far.
 
     Args:
-        features: `[..., T, P, C]` real, video tokens as the language model gets them.
+        features: `[..., T, P, C]` real, video tokens as the language model gets them. A token with a NaN or an
+            infinity comes last.
         num_tokens: tokens kept per video, 0 to T * P.
         order: "index" for ascending indices, "score" for the order of choice.
 
@@ -37,14 +38,16 @@ def divprune(features: Tensor, num_tokens: int, *, order: str = "index") -> Tens
     check_features("divprune", features)
     if order not in ("index", "score"):
         raise ValueError(f'divprune: order={order!r} must be "index" or "score".')
-    points = F.normalize(features.flatten(-3, -2), dim=-1)
+    features, odd = without_odd(features.flatten(-3, -2))
+    points = F.normalize(features, dim=-1)
     count = points.shape[-2]
     check_count("divprune", num_tokens, count)
     if num_tokens == 0:
         return points.new_zeros((*points.shape[:-2], 0), dtype=torch.int64)
     distance = (points @ points.transpose(-1, -2)).neg_().add_(1)  # [..., N, N], in place: the largest tensor here
     distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # no token is its own nearest other one
-    nearest = distance.amin(-1)
+    nearest = distance.masked_fill_(odd[..., None, :], torch.inf).amin(-1).masked_fill(odd, -1.0)
+    distance.masked_fill_(odd[..., None, :], -1.0)  # all others come before a token that is no number
     picked = []
     for step in range(num_tokens):
         pick = nearest.argmax(-1, keepdim=True)

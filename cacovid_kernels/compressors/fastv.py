@@ -18,7 +18,7 @@ def fastv(query: Tensor, keys: Tensor, video_mask: Tensor, num_tokens: int) -> T
             (counted from 1), rotated and unscaled.
         keys: `[..., K, L, D]` of the same dtype, of the whole prompt in that layer, rotated; K divides H.
         video_mask: `[..., L]` bool, the video tokens; as many in every prompt.
-        num_tokens: tokens kept per video, 0 to N.
+        num_tokens: tokens kept per video, 0 to N; checked where reading `video_mask` does not wait for a GPU.
 
     Returns:
         `[..., num_tokens]` int64, ascending indices into the N video tokens.
@@ -41,11 +41,12 @@ def fastv(query: Tensor, keys: Tensor, video_mask: Tensor, num_tokens: int) -> T
             f"fastv: query [..., H, D], keys [..., K, L, D] and video_mask [..., L] must fit "
             f"(query: {list(query.shape)}, keys: {list(keys.shape)}, video_mask: {list(video_mask.shape)})."
         )
+    if video_mask.device.type == "cpu":
+        check_count("fastv", num_tokens, int(video_mask.sum(-1).min()) if video_mask.numel() else 0)
     lead, prompt = query.shape[:-2], keys.shape[-2]
     attention = attention_scores(
         query.detach().reshape(-1, heads, 1, query.shape[-1]), keys.detach().reshape(-1, *keys.shape[-3:])
     ).view(*lead, prompt)
-    check_count("fastv", num_tokens, attention.shape[-1])
-    # Video tokens before all others, in the order of their attention.
-    kept = keep_largest(attention.masked_fill(~video_mask, -1.0), num_tokens)
+    # Video tokens before all others, in the order of their attention; it may be NaN.
+    kept = keep_largest(attention.nan_to_num(nan=-0.5).masked_fill(~video_mask, -1.0), num_tokens)
     return (video_mask.cumsum(-1) - 1).expand(attention.shape).gather(-1, kept)

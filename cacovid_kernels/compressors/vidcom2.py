@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cacovid_kernels.compressors._keep import check_count, check_features, keep_largest
+from cacovid_kernels.compressors._keep import check_count, check_features, keep_largest, without_odd
 
 _WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 _TEMPERATURE = 0.01
@@ -19,7 +19,8 @@ def vidcom2(features: Tensor, num_tokens: int) -> Tensor:
     keeps a few tokens more or less than asked for.
 
     Args:
-        features: `[..., T, P, C]` real, video tokens as the language model gets them.
+        features: `[..., T, P, C]` real, video tokens as the language model gets them. A token with a NaN or an
+            infinity comes last and counts as zeros in the centres.
         num_tokens: tokens kept per video, 0 to T * P.
 
     Returns:
@@ -41,12 +42,14 @@ def vidcom2(features: Tensor, num_tokens: int) -> Tensor:
     check_count("vidcom2", num_tokens, frames * places)
     if num_tokens == 0:
         return torch.zeros((*features.shape[:-3], 0), dtype=torch.int64, device=features.device)
+    features, odd = without_odd(features)
     likeness, shares = scores_and_shares(features, num_tokens / (frames * places))
     # Every frame's tokens in order of merit; number r of a frame with share s comes at (r + 1/2) / s, so that
     # any prefix of all tokens divides among the frames as their shares do.
     merit = torch.argsort(likeness, dim=-1, stable=True)
     rank = torch.argsort(merit, dim=-1)
-    return keep_largest(-((rank + 0.5) / shares[..., None]).flatten(-2), num_tokens)
+    turn = ((rank + 0.5) / shares[..., None]).masked_fill(odd, torch.inf)
+    return keep_largest(-turn.flatten(-2), num_tokens)
 
 
 def scores_and_shares(features: Tensor, keep_ratio: float) -> tuple[Tensor, Tensor]:
