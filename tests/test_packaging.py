@@ -32,6 +32,16 @@ def test_import_brings_in_nothing_optional():
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
+def test_the_demo_needs_nothing_of_training():
+    """Whose packages the extra `demo` does not install."""
+    script = (
+        "import sys, cacovid_kernels.demo.command, cacovid_kernels.demo.world.rows\n"
+        "print([name for name in sys.modules if name.startswith('cacovid_kernels.training')])"
+    )
+    run = python(script)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
 def test_import_starts_no_thread_and_no_cuda():
     script = (
         "import os, torch\n"

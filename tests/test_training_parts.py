@@ -14,9 +14,10 @@ from cacovid_kernels.compressors.density import density_peaks
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.integrations.transformers.prune import Flat
 from cacovid_kernels.policy import PolicyScores
+from cacovid_kernels.samples import BadRowError, Sample
 from cacovid_kernels.training import config as config_module
 from cacovid_kernels.training.config import TrainConfig
-from cacovid_kernels.training.data import BadRowError, FileRows, Sample, Skipped, order_of_epoch, read_usable
+from cacovid_kernels.training.data import FileRows, Skipped, order_of_epoch, read_usable
 from cacovid_kernels.training.losses import sample_loss
 from cacovid_kernels.training.memory import Memory, adapted_keep_ratio
 from cacovid_kernels.training.rewards import REWARDS, Attempts, answer_log_prob, exact_answer, same_text

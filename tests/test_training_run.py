@@ -20,8 +20,8 @@ from training_toy import BRIGHT, FRAMES, ToyRows, keeps_bright, toy_config, toy_
 import cacovid_kernels as ck
 from cacovid_kernels.cli import main
 from cacovid_kernels.errors import UserError
+from cacovid_kernels.samples import BadRowError
 from cacovid_kernels.training.config import TrainConfig
-from cacovid_kernels.training.data import BadRowError
 from cacovid_kernels.training.log import read_log
 from cacovid_kernels.training.rewards import REWARDS, Attempts, Reward
 from cacovid_kernels.training.rollout import encode, policy_batch

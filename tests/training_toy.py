@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from cacovid_kernels.samples import Sample
 from cacovid_kernels.training.config import TrainConfig
-from cacovid_kernels.training.data import Sample
 from cacovid_kernels.training.rewards import Attempts, Reward
 from cacovid_kernels.video_models import LlavaOneVision, TinyGeometry, tiny_model
 

@@ -65,10 +65,6 @@ class Options:
     def model_name(self) -> str:
         return WORLD if self.in_world else self.model or "tiny random"
 
-    @property
-    def policy_name(self) -> str:
-        return str(self.policy) if self.policy else WORLD if self.in_world else "random heads"
-
 
 @dataclass(frozen=True)
 class Scene:

@@ -9,8 +9,9 @@ from transformers.utils import logging
 
 from cacovid_kernels.demo.world import MODEL
 from cacovid_kernels.demo.world.rows import WORLD, WorldRows
+from cacovid_kernels.samples import Rows
 from cacovid_kernels.training.config import TrainConfig
-from cacovid_kernels.training.data import FileRows, Rows
+from cacovid_kernels.training.data import FileRows
 from cacovid_kernels.training.trainer import Trainer
 from cacovid_kernels.video_models import load_model
 

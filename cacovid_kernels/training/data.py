@@ -1,4 +1,4 @@
-"""Rows of a data file, samples with their frames, and what happens to rows that are bad."""
+"""Rows of a data file, and what happens to rows that are bad."""
 
 from __future__ import annotations
 
@@ -8,41 +8,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from cacovid_kernels.errors import UserError
+from cacovid_kernels.samples import BadRowError, Rows, Sample
 
 Prepared = TypeVar("Prepared")
 
 # A row may use the names of the published data set.
 _NAMES = {"question": ("question", "problem"), "answer": ("answer", "solution"), "video": ("video",)}
 _ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A video and a question whose answer is known."""
-
-    name: str  # how errors call it
-    frames: np.ndarray  # [T, H, W, 3] uint8
-    question: str
-    answer: str
-    timestamps: tuple[float, ...] | None = None  # of the frames, in seconds; some models read them
-
-
-class BadRowError(Exception):
-    """A row that cannot be trained on; the message names the row and says why."""
-
-
-class Rows(Protocol):
-    """A data set: `BadRowError` from `[i]` where row i cannot be used."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> Sample: ...
 
 
 class FileRows:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cacovid_kernels.training.data import Sample
+from cacovid_kernels.samples import Sample
 
 
 class Attempts(NamedTuple):

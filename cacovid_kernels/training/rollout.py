@@ -15,8 +15,8 @@ from cacovid_kernels.integrations.transformers.adapter import Adapter
 from cacovid_kernels.integrations.transformers.prompt import read
 from cacovid_kernels.integrations.transformers.prune import Flat, flat, take
 from cacovid_kernels.integrations.transformers.registry import adapter_of
+from cacovid_kernels.samples import BadRowError, Sample
 from cacovid_kernels.training.config import TrainConfig
-from cacovid_kernels.training.data import BadRowError, Sample
 from cacovid_kernels.training.rewards import Attempts
 from cacovid_kernels.video_models import VideoModel
 

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import CompressionPolicy, PolicyScores
+from cacovid_kernels.samples import Rows
 from cacovid_kernels.training.config import TrainConfig
-from cacovid_kernels.training.data import Rows, Skipped, order_of_epoch, read_usable
+from cacovid_kernels.training.data import Skipped, order_of_epoch, read_usable
 from cacovid_kernels.training.log import Log
 from cacovid_kernels.training.losses import sample_loss
 from cacovid_kernels.training.memory import Memory, adapted_keep_ratio

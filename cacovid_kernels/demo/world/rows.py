@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cacovid_kernels.demo.world.questions import ANSWERS, KINDS, ask
 from cacovid_kernels.demo.world.scenery import paint
 from cacovid_kernels.demo.world.scenes import WorldConfig, draw
-from cacovid_kernels.training.data import Sample
+from cacovid_kernels.samples import Sample
 
 POLICY_SEED = 3  # of the world: neither the model's training nor any evaluation draws from it
 WORLD = "world"  # what a configuration calls this data set, and the frozen model that lives in it

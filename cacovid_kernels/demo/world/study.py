@@ -26,8 +26,8 @@ from cacovid_kernels.demo.world.rules import policy_rule
 from cacovid_kernels.demo.world.scenes import CELLS, WorldConfig
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.policy import CompressionPolicy
+from cacovid_kernels.samples import Sample
 from cacovid_kernels.training.config import SAMPLERS, TrainConfig
-from cacovid_kernels.training.data import Sample
 from cacovid_kernels.training.trainer import Trainer
 from cacovid_kernels.video_models import VideoModel, load_model
 
