@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from cacovid_kernels._masks import masked_positions
 from cacovid_kernels.integrations.transformers.attention import query_rows
@@ -30,22 +31,22 @@ class CacheCompaction:
         whole: the same as they are run, with all their video tokens but without columns that are padding in every row.
         choice: says what stays.
         attention: attention of the last layer where its queries score, else None.
+        cache: empty, of this `generate` alone, which tells its calls from those of other threads.
 
     Attributes:
         inputs: `attention_mask [B, K]` and `position_ids [..., B, K]` of what the cache holds of the prompts.
         kept: kept tokens per video.
     """
 
-    def __init__(self, prompt: Prompt, whole: Compacted, choice: Choice, attention: Any) -> None:
+    def __init__(self, prompt: Prompt, whole: Compacted, choice: Choice, attention: Any, cache: Any) -> None:
         self.inputs: dict[str, Any] | None = None
         self.kept: tuple[int, ...] = ()
         self._mask, self._positions = whole.attention_mask != 0, whole.position_ids
-        self._choice, self._attention = choice, attention
+        self._choice, self._attention, self._cache = choice, attention, cache
         self._videos = [(row, t * h * w) for row, (t, h, w) in zip(prompt.rows, prompt.grid_thw, strict=True)]
         self._lengths = prompt.lengths
         full, length = prompt.input_ids.shape[1], self._mask.shape[1]
         self._row, self._column = prompt.tokens // full, prompt.tokens % full - (full - length)
-        self._cache: Any = None
         self._query: Any = None  # [B * copies, H, R, D], once the prompt was read
 
     @contextmanager
@@ -66,10 +67,7 @@ class CacheCompaction:
     def before(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Forward pre-hook of the model."""
         cache = named.get("past_key_values")
-        if self._cache is None:
-            _check_cache(cache)
-            self._cache = cache
-        elif cache is self._cache and self.inputs is not None:
+        if cache is self._cache and self.inputs is not None:
             kept = self.inputs["attention_mask"]
             if named.get("attention_mask") is not None or len(set(self._lengths)) > 1:
                 fed = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
@@ -80,7 +78,7 @@ class CacheCompaction:
 
     def look(self, attention: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Forward pre-hook of the last layer's attention."""
-        if self._query is None:
+        if self._query is None and named["past_key_values"] is self._cache:
             self._query = query_rows(attention, arguments, named, min(_WINDOW, self._mask.shape[1]))
 
     def after(self, _: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
@@ -89,6 +87,11 @@ class CacheCompaction:
             self._drop()
 
     def _drop(self) -> None:
+        if not self._cache.get_seq_length():
+            raise ValueError(
+                "compress: stage='kv' found an empty cache behind the prompt, as gradient checkpointing in training "
+                "mode leaves it. Call model.eval()."
+            )
         copies = len(self._cache.layers[0].keys) // len(self._mask)  # beams or samples of one prompt, all alike so far
         indices, self.kept = self._choice(None if self._attention is None else self._scores(copies))
         lengths = list(self._lengths)
@@ -124,11 +127,24 @@ class CacheCompaction:
         return scores[self._row, self._column]
 
 
-def _check_cache(cache: Any) -> None:
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())} - {"DynamicLayer"}
-    if cache is None or kinds or getattr(cache, "offloading", False):
-        found = "no cache" if cache is None else f"a {type(cache).__name__}" + (f" of {sorted(kinds)}" if kinds else "")
+def own_cache(settings: Any) -> Any:
+    """The empty cache that a `generate` with these settings fills.
+
+    Raises:
+        ValueError: it would run without one, or with one whose memory cannot be returned.
+    """
+    given, kind = settings["past_key_values"], settings["cache_implementation"]
+    layers = {type(layer).__name__ for layer in getattr(given, "layers", ())} - {"DynamicLayer"}
+    found = ""
+    if settings["use_cache"] is False:
+        found = "no cache"
+    elif kind not in (None, "dynamic"):
+        found = f"cache_implementation={kind!r}"
+    elif given is not None and (not isinstance(given, DynamicCache) or layers or getattr(given, "offloading", False)):
+        found = f"a {type(given).__name__}" + (f" of {sorted(layers)}" if layers else "")
+    if found:
         raise ValueError(
             f"compress: stage='kv' frees memory of a DynamicCache on the device, but generate runs with {found}. "
             f"Leave use_cache, cache_implementation and past_key_values out, or use stage='prefill'."
         )
+    return DynamicCache() if given is None else given

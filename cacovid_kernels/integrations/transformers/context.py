@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from cacovid_kernels.integrations.transformers.adapter import VISION_INPUTS
-from cacovid_kernels.integrations.transformers.cached import CacheCompaction
+from cacovid_kernels.integrations.transformers.cached import CacheCompaction, own_cache
 from cacovid_kernels.integrations.transformers.prompt import all_tokens, read
 from cacovid_kernels.integrations.transformers.prune import arguments, compact
-from cacovid_kernels.integrations.transformers.registry import adapter_of
+from cacovid_kernels.integrations.transformers.registry import adapter_of, unwrapped
 from cacovid_kernels.integrations.transformers.selectors import (
     Selector,
     check_counts,
@@ -21,17 +21,22 @@ from cacovid_kernels.integrations.transformers.selectors import (
     check_selector,
     choose,
 )
+from cacovid_kernels.integrations.transformers.whole import WholePrompts
 from cacovid_kernels.ops._checks import check_choice
 
 _OP = "compress"
 _ASSISTED = "assisted decoding guesses and crops by ids and positions of whole prompts, which a compressed one lacks"
+_BY_IDS = "it reads the ids of the prompt, in whose place embeddings go in"
 _REFUSED = {
     "assistant_model": _ASSISTED,
     "prompt_lookup_num_tokens": _ASSISTED,
     "assistant_early_exit": _ASSISTED,
+    "encoder_repetition_penalty": _BY_IDS,
+    "encoder_no_repeat_ngram_size": _BY_IDS,
     "prefill_chunk_size": "chunks are cut from the ids, not from the embeddings of a compressed prompt",
 }
-_PROMPT = VISION_INPUTS | {"attention_mask"}
+_MADE = ("inputs_embeds", "position_ids", "mm_encoder_outputs", "labels")
+_PROMPT = VISION_INPUTS | {"attention_mask", "input_ids"}
 
 
 class Compression:
@@ -62,7 +67,8 @@ def compress(
     """Inside the block `model.generate(**inputs)` drops video tokens; afterwards the model is as it was.
 
     Everything else about `generate` stays: what it returns starts with the whole prompt, `max_length` counts the
-    whole prompt, beams and sampling work. Calls without pixels, such as those of `next_turn`, run as they are.
+    whole prompt, processors of logits, stopping criteria and streamers see it, beams and sampling work. Calls without
+    pixels, such as those of `next_turn`, run as they are.
 
     Args:
         model, selector, keep_ratio, num_tokens, budget, options: as in `prune_inputs`. With `stage="kv"` the selector
@@ -77,8 +83,8 @@ def compress(
         A `Compression`, whose `inputs` and `kept` tell of the last call.
 
     Raises:
-        ValueError: as `prune_inputs`; assisted decoding, chunks of a prompt; a cache that holds another prompt; with
-            `stage="kv"` no cache, or one that is not a `DynamicCache`.
+        ValueError: as `prune_inputs`; assisted decoding, chunks of a prompt, penalties on its ids; a cache that holds
+            another prompt; with `stage="kv"` no cache, or one that is not a `DynamicCache`; a block inside another.
 
     Example:
         >>> from cacovid_kernels.compressors import divprune
@@ -90,7 +96,8 @@ def compress(
         ...         ids = model.generate(**inputs, max_new_tokens=64)
         ...     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     """
-    adapter = adapter_of(model)
+    inner = unwrapped(model)
+    adapter = adapter_of(inner)
     check_choice(_OP, "stage", stage, ("prefill", "kv"))
     if selector is not None:
         check_selector(selector, keep_ratio, num_tokens, budget, options)
@@ -98,40 +105,60 @@ def compress(
         check_options(None, keep_ratio, num_tokens, budget, options)
     else:
         raise ValueError(f"{_OP}: stage='prefill' needs a selector, nothing has attended yet. Or pass stage='kv'.")
+    if hasattr(model.generate, "compression"):
+        raise ValueError(f"{_OP}: this model is in the block of another compress. Leave that one first.")
     original, state = model.generate, Compression()
 
     @functools.wraps(original)
     def generate(inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(adapter.pixels) is None:
             return original(inputs, generation_config, *args, **kwargs)
-        config = model.generation_config if generation_config is None else generation_config
-        _check_mode(config, kwargs)
-        given = {name: kwargs.pop(name) for name in list(kwargs) if name in _PROMPT}
-        given["input_ids"] = ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        settings = _Settings(kwargs, generation_config, inner.generation_config)
+        _check_mode(settings, inputs, kwargs)
+        given = {name: kwargs[name] for name in kwargs if name in _PROMPT}
+        ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+        given["input_ids"] = ids
         with torch.no_grad():
-            prompt = read(model, adapter, given)
+            prompt = read(inner, adapter, given)
+            if not prompt.grid_thw:  # frames and images look alike until now
+                return original(inputs, generation_config, *args, **_without_notes(kwargs))
             check_counts(prompt, keep_ratio, num_tokens)
             choice = functools.partial(choose, selector, prompt, keep_ratio, num_tokens, budget, options)
             every = all_tokens(prompt)
             chosen = every if selector is None else choice()
             compacted, _ = compact(prompt, *(every if stage == "kv" else chosen))
-        made = arguments(model, adapter, given, compacted)
+        made = arguments(inner, adapter, given, compacted)
         length = compacted.input_ids.shape[1]
-        kwargs |= _lengths(config, kwargs, ids.shape[1] - length)
+        whole = WholePrompts(ids, length)
+        others = {name: value for name, value in kwargs.items() if name not in given}
+        others |= whole.shown_to(kwargs) | _lengths(settings, ids.shape[1] - length)
         # With the ids beside the embeddings processors of logits see the prompt's text as they would without us.
-        named = {**made, "input_ids": compacted.input_ids, **kwargs}
+        named = {**made, "input_ids": compacted.input_ids, **others}
         if stage == "prefill":
             state.inputs, state.kept = made, compacted.lengths
             del prompt, choice, compacted  # embeddings and features at full length, larger than the cache to come
             out = original(None, generation_config, *args, **named)
         else:
-            attention = adapter.last_attention(model) if selector is None else None
-            cached = CacheCompaction(prompt, compacted, choice if selector is None else lambda _: chosen, attention)
-            with cached.hooks(model):
-                out = original(None, generation_config, *args, **named)
+            cache = own_cache(settings)
+            attention = adapter.last_attention(inner) if selector is None else None
+            cached = CacheCompaction(
+                prompt, compacted, choice if selector is None else lambda _: chosen, attention, cache
+            )
+            with cached.hooks(inner):
+                out = original(None, generation_config, *args, **{**named, "past_key_values": cache})
+            if cached.inputs is None:
+                raise RuntimeError(
+                    f"{_OP}: stage='kv' saw no call of {type(inner).__name__}, so nothing was dropped: its generate "
+                    f"runs another module. Pass that module."
+                )
             state.inputs, state.kept = cached.inputs, cached.kept
-        return _whole_prompts(out, ids, length)
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        if sequences is out:
+            return whole(out)
+        out.sequences = whole(sequences)
+        return out
 
+    generate.compression = state  # type: ignore[attr-defined]
     own = vars(model).get("generate")
     model.generate = generate
     try:
@@ -143,10 +170,29 @@ def compress(
             model.generate = own
 
 
-def _check_mode(config: Any, kwargs: dict[str, Any]) -> None:
+class _Settings:
+    """Settings of a call of `generate`: its arguments, then its config, then the model's."""
+
+    def __init__(self, *sources: Any) -> None:
+        self._sources = sources
+
+    def __getitem__(self, name: str) -> Any:
+        for source in self._sources:
+            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+            if value is not None:
+                return value
+        return None
+
+
+def _check_mode(settings: _Settings, inputs: Any, kwargs: dict[str, Any]) -> None:
     for name, reason in _REFUSED.items():
-        if kwargs.get(name, getattr(config, name, None)) is not None:
+        if settings[name] is not None:
             raise ValueError(f"{_OP}: {name} is set, but {reason}. Leave it out.")
+    for name in _MADE:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{_OP}: {name} is given, but it is made here from the whole prompt. Leave it out.")
+    if inputs is not None and kwargs.get("input_ids") is not None:
+        raise ValueError(f"{_OP}: the prompt is given twice, as inputs and as input_ids. Leave one out.")
     cache = kwargs.get("past_key_values")
     if cache is not None and int(cache.get_seq_length()):
         raise ValueError(
@@ -155,21 +201,14 @@ def _check_mode(config: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _lengths(config: Any, kwargs: dict[str, Any], dropped: int) -> dict[str, int]:
+def _without_notes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that transformers knows."""
+    return {name: value for name, value in kwargs.items() if name != "visuals"}
+
+
+def _lengths(settings: _Settings, dropped: int) -> dict[str, int]:
     """Limits on the length of prompt and answer, for a prompt that is shorter."""
-    limits = {}
-    if kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None)) is None:
-        limits["max_length"] = kwargs.get("max_length", getattr(config, "max_length", None))
-    limits["min_length"] = kwargs.get("min_length", getattr(config, "min_length", None))
+    limits = {"min_length": settings["min_length"]}
+    if settings["max_new_tokens"] is None:
+        limits["max_length"] = settings["max_length"]
     return {name: max(limit - dropped, 0) for name, limit in limits.items() if limit}
-
-
-def _whole_prompts(out: Any, ids: Any, length: int) -> Any:
-    """What `generate` returned, with the whole prompts `ids` in front of what was generated."""
-    sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    prompts = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], 0).to(sequences.device)
-    whole = torch.cat([prompts, sequences[:, length:]], 1)
-    if sequences is out:
-        return whole
-    out.sequences = whole
-    return out

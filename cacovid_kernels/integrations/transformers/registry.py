@@ -41,8 +41,19 @@ for _family in (
     register_adapter(_family())
 
 
+def unwrapped(model: Any) -> Any:
+    """The model of transformers inside what `torch.compile` or PEFT made of it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def adapter_of(model: Any) -> Adapter:
-    """The adapter of a model, or one line that lists the known ones."""
+    """The adapter of an unwrapped model, or one line that says why it cannot be served."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in _adapters:
         raise ValueError(
@@ -53,6 +64,12 @@ def adapter_of(model: Any) -> Adapter:
     if not hasattr(model, "generate"):
         raise ValueError(
             f"prune_inputs: {type(model).__name__} cannot generate. Pass the ...ForConditionalGeneration model."
+        )
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        raise ValueError(
+            f"prune_inputs: the language model has layers of {sorted(others)}, which count tokens: dropping some would "
+            f"let others see farther. Use a model whose layers attend to everything."
         )
     adapter = _adapters[kind]
     adapter.check(model)

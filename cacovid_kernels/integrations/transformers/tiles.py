@@ -16,7 +16,8 @@ class TiledAdapter(Adapter):
     """Frames and images share `pixel_values` and one placeholder id, so ids alone do not tell them apart.
 
     `inputs["visuals"]` does: ("video", frames) or ("image", tiles) in the order of the prompts. Without it each
-    prompt is taken to hold one video and no image, and is refused where tiles touch as only an image's do.
+    prompt is taken to hold one video and no image, or one image where it has a single tile, and is refused where tiles
+    touch as only an image's do.
     """
 
     modality = "image"
@@ -33,7 +34,7 @@ class TiledAdapter(Adapter):
         named = inputs.get("visuals")
         if named is None:
             counts = self._frames_of_rows(inputs["input_ids"].cpu() == self.token_id(model, "image"), tile)
-            named = [("video", frames) for frames in counts]
+            named = [("video" if frames > 1 else "image", frames) for frames in counts]
         items = []
         for item in named:
             kind, tiles = item

@@ -26,7 +26,8 @@ def next_turn(
         the last position of the prompt, and `past_key_values`.
 
     Raises:
-        ValueError: the cache is not that of `previous` and the start of `token_ids`.
+        ValueError: the cache is not that of `previous` and the start of `token_ids`, as far as its size tells: that
+            of another prompt which kept as many tokens looks the same.
 
     Example:
         >>> import torch
@@ -39,12 +40,23 @@ def next_turn(
         >>> question["input_ids"], question["position_ids"]
         (tensor([[12, 21, 22]]), tensor([[10, 11, 12]]))
     """
+    if previous is None or cache is None:
+        raise ValueError(
+            f"next_turn: {'previous' if previous is None else 'the cache'} is None. Generate once, with "
+            f"return_dict_in_generate=True, and pass what that left."
+        )
     before, positions = previous["attention_mask"], previous["position_ids"]
     mask = torch.ones_like(token_ids) if attention_mask is None else attention_mask.to(before.dtype)
     if token_ids.shape[0] != before.shape[0] or mask.shape != token_ids.shape:
         raise ValueError(
             f"next_turn: token_ids {list(token_ids.shape)} and attention_mask {list(mask.shape)} must be "
             f"[B={before.shape[0]}, S]."
+        )
+    keys = next((getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())), None)
+    if keys is not None and keys.shape[0] != before.shape[0]:
+        raise ValueError(
+            f"next_turn: the cache holds {keys.shape[0]} rows, the prompt {before.shape[0]}. Pass the cache of this "
+            f"prompt, from generating without beams or several samples."
         )
     cached = int(cache.get_seq_length()) - before.shape[1]
     if not 0 <= cached < token_ids.shape[1]:
