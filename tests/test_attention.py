@@ -251,6 +251,9 @@ def test_errors_name_the_argument_and_the_rule():
     for rows in (torch.zeros(3), torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"row_positions must be \[R=3\] or \[B=2, R=3\] int64"):
             ck.attention_scores(query, keys, row_positions=rows)
+    for name in ("mask", "row_positions"):
+        with pytest.raises(TypeError, match=rf"{name} is a list, it must be a tensor, \[.*\. Wrap it in torch\.tensor"):
+            ck.attention_scores(query, keys, **{name: [1, 2]})
     for scale in (math.nan, math.inf, "1"):
         with pytest.raises(ValueError, match="finite number"):
             ck.attention_scores(query, keys, scale=scale)

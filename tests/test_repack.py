@@ -469,6 +469,7 @@ def test_errors(cache):
          call(cache, torch.tensor([*range(12), -1]), inplace=True)),
         (RuntimeError, r"has no gradient, but keys of layer 0", call((key.clone().requires_grad_(), value), keep)),
         (TypeError, r"rope needs floating keys", call((key.int(), value), keep, rope=rope)),
+        (TypeError, r"rope is a int, it must be a Rope\. Pass Rope\(inv_freq\)", call(cache, keep, rope=3)),
         (ValueError, r"inv_freq must be \[R / 2\] with R at most the head size 4",
          call(cache[::-1], keep, rope=ck.Rope(INV_FREQ))),
         (ValueError, r"rope.positions must be \[12\]",

@@ -274,6 +274,8 @@ def test_errors_name_the_argument_and_the_rule():
         ck.score_tokens(x[:, :16], token_head, norm_weight=weight)
     with pytest.raises(ValueError, match=r"norm_weight: \[16\]"):
         ck.score_tokens(x, token_head, norm_weight=weight[:16])
+    with pytest.raises(TypeError, match=r"norm_weight is a NoneType, it must be a tensor, \[D\]\. Wrap"):
+        ck.score_tokens(x, token_head, norm_weight=None)
     with pytest.raises(TypeError, match="like the weights"):
         ck.score_tokens(x.bfloat16(), token_head, norm_weight=weight)
     with pytest.raises(TypeError, match="float64"):

@@ -292,6 +292,19 @@ def test_a_refused_size_leaves_nothing_behind(backend):
             ck.select_tokens(tokens, None, [(13, 1, 11)], num_tokens=count)
     with pytest.raises(TypeError, match=r"segmented_topk: k=2\.0 must be integers"):
         ck.segmented_topk(tokens, 2.0)
+    with pytest.raises(TypeError, match=r"segmented_topk: k=.*True.* must be integers"):
+        ck.segmented_topk(tokens, True)
+    for name in ("keep_ratio", "importance_ratio", "max_frame_ratio"):
+        for value in ("0.21", True, [0.21]):
+            ck.topk_tokens(tokens, [(13, 1, 11)], keep_ratio=1.0)  # equal to True, and looked up
+            options = {"keep_ratio": 0.21, name: value}
+            with pytest.raises(TypeError, match=rf"select_tokens: {name}=.* must be a number\. Pass a float") as caught:
+                ck.select_tokens(tokens, None, [(13, 1, 11)], **options)
+            assert "\n" not in str(caught.value)
+    ck.topk_tokens(tokens, [(13, 1, 11)], num_tokens=1)
+    for count in (True, [True]):
+        with pytest.raises(TypeError, match=r"topk_tokens: num_tokens=.* must be integers\. Pass Python ints"):
+            ck.topk_tokens(tokens, [(13, 1, 11)], num_tokens=count)
     assert ck.select_tokens(tokens, None, [(13, 1, 11)], num_tokens=17).lengths == (17,)
     assert ck.select_tokens(tokens, None, [(13, 1, 11)], keep_ratio=0.21).lengths == (30,)
 
@@ -357,7 +370,7 @@ GOOD = (torch.zeros(4, 6), torch.zeros(4))
         (GOOD, {"keep_ratio": 0.5, "importance_ratio": -0.1}, "importance_ratio=-0.1"),
         (GOOD, {"keep_ratio": 0.5, "max_frame_ratio": 0.0}, "max_frame_ratio=0.0 must be a positive"),
         (GOOD, {"keep_ratio": 0.5, "max_frame_ratio": 0.2, "mode": "strict"}, "is below the keep ratio 0.5"),
-        (GOOD, {"keep_ratio": 0.5, "mode": "fast"}, "mode='fast' must be one of"),
+        (GOOD, {"keep_ratio": 0.5, "mode": "fast"}, r"mode='fast' must be one of .*\. Pass one of these"),
         (GOOD, {"keep_ratio": 0.5, "order": "time"}, "order='time' must be one of"),
         (GOOD, {"keep_ratio": 0.5, "fill": "best"}, "fill='best' must be one of"),
         (GOOD, {"keep_ratio": 0.5, "check": "no"}, "check='no' must be one of"),
@@ -393,7 +406,7 @@ def test_bad_types():
     [
         ((torch.zeros(8), 9), {}, r"k=9 must be in \[0, 8\], the length of segment 0 \(scores: \[8\] float32 cpu\)"),
         ((torch.zeros(8), -1), {}, r"k=-1 must be in"),
-        ((torch.zeros(8), 1, [0, 9]), {}, r"cu_seqlens=\[0, 9\] must rise from 0 to N=8"),
+        ((torch.zeros(8), 1, [0, 9]), {}, r"cu_seqlens=\[0, 9\] must rise from 0 to N=8\. Pass the starts"),
         ((torch.zeros(8), 1, [0, 5, 4, 8]), {}, "must rise from 0"),
         ((torch.zeros(8), 1, []), {}, "must rise from 0"),
         ((torch.zeros(8), [1, 1], [0, 8]), {}, "k has 2 entries for 1 segments"),

@@ -77,6 +77,9 @@ def test_configuration_files(tmp_path, suffix, text):
         ({"keep_ratio": 0.0}, "keep_ratio=0.0"),
         ({"keep_checkpoints": 1}, "keep_checkpoints=1"),
         ({"hard_accuracy": 0.9}, "hard_accuracy=0.9"),
+        ({"min_keep_ratio": 0.2, "max_keep_ratio": 0.1}, "min_keep_ratio=0.2 must be at most max_keep_ratio=0.1"),
+        ({"group_size": 0.0}, "group_size=0.0 must be above 0"),
+        ({"group_size": -1.0}, "group_size=-1.0 must be above 0"),
     ],
 )
 def test_configuration_that_breaks_a_rule(values, words):

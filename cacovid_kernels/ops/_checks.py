@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from numbers import Integral
+from numbers import Integral, Real
 from operator import index
 from typing import Any, NamedTuple
 
@@ -34,6 +34,21 @@ def check_scores(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be strided, got {x.layout}. Call .to_dense() on it.")
 
 
+def check_tensor(op: str, name: str, x: Any, what: str) -> None:
+    """A tensor, or TypeError that says `what` it has to be."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}, it must be a tensor, {what}. Wrap it in torch.tensor.")
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """A real number that is no truth value, or TypeError; a tensor or array of one number is one."""
+    if type(value) is float:
+        return
+    one = isinstance(value, (Real, torch.SymFloat, torch.SymInt)) or getattr(value, "shape", None) == ()
+    if isinstance(value, bool) or not one:
+        raise TypeError(f"{op}: {name}={value!r} is a {type(value).__name__}, it must be a number. Pass a float.")
+
+
 def check_same_device(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
     """Two tensors on one device, or ValueError."""
     if x.device != y.device:
@@ -43,7 +58,7 @@ def check_same_device(op: str, name: str, x: Tensor, other: str, y: Tensor) -> N
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     """`value` is one of `choices`, or ValueError."""
     if value not in choices:
-        raise ValueError(f"{op}: {name}={value!r} must be one of {list(choices)}.")
+        raise ValueError(f"{op}: {name}={value!r} must be one of {list(choices)}. Pass one of these.")
 
 
 def on_host(op: str, name: str, values: Any) -> Any:
@@ -70,8 +85,11 @@ def host_ints(op: str, name: str, values: Any) -> tuple[int, ...]:
         return tuple(values)
     try:
         ints = tuple(values)
-        if set(map(type, ints)) <= {int}:
+        kinds = set(map(type, ints))
+        if kinds <= {int}:
             return ints
+        if bool in kinds:
+            raise TypeError
         return tuple(n if isinstance(n, torch.SymInt) else int(index(n)) for n in ints)  # type: ignore[misc]
     except TypeError:
         raise TypeError(f"{op}: {name}={values!r} must be integers. Pass Python ints.") from None
@@ -141,6 +159,14 @@ def parse_budget(
         one = is_one_int(num_tokens)
         ints = host_ints(op, "num_tokens", (num_tokens,) if one else num_tokens)
         num_tokens = ints[0] if one else ints
+    # Here, not in what is looked up: there True would be the 1.0 of an earlier call.
+    for name, value in (
+        ("keep_ratio", keep_ratio),
+        ("importance_ratio", importance_ratio),
+        ("max_frame_ratio", max_frame_ratio),
+    ):
+        if value is not None:
+            check_number(op, name, value)
     args = (op, grid, keep_ratio, num_tokens, importance_ratio, max_frame_ratio, strict, fill)
     # Videos of a job repeat their grids: the host arithmetic of a call is looked up, except while tracing.
     if not torch.compiler.is_compiling():

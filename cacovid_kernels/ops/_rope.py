@@ -60,6 +60,8 @@ def tables(
     """Float32 cosines and sines for every keep, [b, h, K, R / 2] or [total, R / 2], computed in float64."""
     if rope is None:
         return [], []
+    if not isinstance(rope, Rope):
+        raise TypeError(f"{op}: rope is a {type(rope).__name__}, it must be a Rope. Pass Rope(inv_freq).")
     frequencies = rope.inv_freq
     if frequencies.dim() != 1 or 2 * frequencies.numel() > columns or frequencies.is_complex():
         raise ValueError(

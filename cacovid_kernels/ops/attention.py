@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cacovid_kernels._library import Op, refuse_tangents
-from cacovid_kernels.ops._checks import check_same_device, check_scores, describe
+from cacovid_kernels.ops._checks import check_same_device, check_scores, check_tensor, describe
 
 _OP = "attention_scores"
 
@@ -83,12 +83,14 @@ def attention_scores(
     refuse_tangents(_OP, (query, keys))
     (b, _, r, d), n = query.shape, keys.shape[2]
     if mask is not None:
+        check_tensor(_OP, "mask", mask, "[B, L] bool")  # no sizes: as text they would be fixed while compiling
         if mask.dtype != torch.bool or mask.shape != (b, n):
             raise ValueError(
                 f"{_OP}: mask must be [B={b}, L={n}] bool (mask: {describe(mask)}). Call .bool() on a 0/1 mask."
             )
         check_same_device(_OP, "mask", mask, "keys", keys)
     if row_positions is not None:
+        check_tensor(_OP, "row_positions", row_positions, "[R] or [B, R] int64")
         if row_positions.dtype != torch.int64 or row_positions.shape not in ((r,), (b, r)):
             raise ValueError(
                 f"{_OP}: row_positions must be [R={r}] or [B={b}, R={r}] int64 "

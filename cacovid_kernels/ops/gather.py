@@ -93,7 +93,7 @@ def _index_of(selection: Any, layout: str) -> Tensor:
     if not isinstance(index, Tensor):
         raise TypeError(
             f"{_OP}: selection is a {type(selection).__name__}, "
-            f"it must be a Selection, Combinations or an index tensor."
+            f"it must be a Selection, Combinations or an index tensor. Wrap a list of positions in torch.tensor."
         )
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(

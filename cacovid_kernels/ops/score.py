@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cacovid_kernels._library import Op
-from cacovid_kernels.ops._checks import check_same_device, check_scores, describe, parse_grid
+from cacovid_kernels.ops._checks import check_same_device, check_scores, check_tensor, describe, parse_grid
 from cacovid_kernels.reference import score as reference
 
 INITIALIZER_RANGE = 0.02  # standard deviation of fresh weights, as in the language models
@@ -167,6 +167,7 @@ def score_tokens(
     check_scores(op, "hidden", hidden)
     first = token_head.linears[0].weight
     size = first.shape[1]
+    check_tensor(op, "norm_weight", norm_weight, "[D]")
     if not 2 <= hidden.dim() <= 4 or hidden.shape[-1] != size or norm_weight.shape != (size,):
         raise ValueError(
             f"{op}: hidden must be [N, D={size}], [T, P, D] or [B, T, P, D] and norm_weight [D] "

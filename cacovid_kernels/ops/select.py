@@ -344,7 +344,10 @@ def segmented_topk(
     bounds = list(host_ints(op, "cu_seqlens", cu_seqlens))
     falls = any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
     if not bounds or bounds[0] != 0 or bounds[-1] != scores.numel() or falls:
-        raise ValueError(f"{op}: cu_seqlens={bounds[:8]} must rise from 0 to N={scores.numel()}.")
+        raise ValueError(
+            f"{op}: cu_seqlens={bounds[:8]} must rise from 0 to N={scores.numel()}. "
+            f"Pass the starts of the segments and N behind them."
+        )
     segments = len(bounds) - 1
     ks = list(host_ints(op, "k", (k,) * segments if is_one_int(k) else k))
     if len(ks) != segments:

@@ -94,6 +94,12 @@ class TrainConfig:
             ("frame_ratio", "in (0, 1]", 0 < self.frame_ratio <= 1),
             ("min_keep_ratio", "in (0, 1]", 0 < self.min_keep_ratio <= 1),
             ("max_keep_ratio", "in (0, 1]", 0 < self.max_keep_ratio <= 1),
+            (
+                "min_keep_ratio",
+                f"at most max_keep_ratio={self.max_keep_ratio}",
+                self.min_keep_ratio <= self.max_keep_ratio,
+            ),
+            ("group_size", "above 0", self.group_size > 0),
             ("hard_accuracy", "below easy_accuracy", self.hard_accuracy < self.easy_accuracy),
             ("keep_checkpoints", "at least 2, or a damaged one leaves nothing", self.keep_checkpoints >= 2),
             ("kl_weight", "0 with this sampler, whose draws have no prior", self._may_have_prior),
