@@ -205,10 +205,16 @@ def test_prompts_that_do_not_fit_their_videos():
     model, batch = hf.tiny("qwen2_5_vl"), hf.batch("qwen2_5_vl", hf.RAGGED)
     short = {**batch.inputs, "input_ids": batch.inputs["input_ids"].clone()}
     short["input_ids"][0, (batch.video[0] == 0).nonzero()[0]] = 9
-    refused("the prompts have 71 video placeholders, the vision tower gives 72 features. Pass ids and", model, short)
+    refused(r"the prompts have 71 video placeholders, the grids \[\(3, 2, 2\), .* need 72\. Pass ids,", model, short)
+    flat, one = hf.tiny("llava_onevision"), hf.batch("llava_onevision", hf.RAGGED)
+    short = {**one.inputs, "input_ids": one.inputs["input_ids"].clone()}
+    short["input_ids"][0, (one.video[0] == 0).nonzero()[0]] = 9
+    refused("the prompts have 67 video placeholders, the vision tower gives 68 features. Pass ids and", flat, short)
+    short["input_ids"][2, -2] = hf.VIDEO
+    refused(r"visual 0 with 17 placeholders would lie in the rows \[0, 1\]", flat, short)
     swapped = {**batch.inputs, "input_ids": batch.inputs["input_ids"].roll(1, 0)}
     swapped["attention_mask"] = batch.inputs["attention_mask"].roll(1, 0)
-    refused(r"visual 0 with 12 placeholders|visual \d with \d+ placeholders would lie in the rows", model, swapped)
+    refused(r"run 0 of video placeholders has 24, video 0 of the grid \(3, 2, 2\) needs 12 there", model, swapped)
     tiles = hf.batch("internvl", hf.MIXED).inputs
     refused(
         r"need 32\. Pass ids|the prompts have 40 placeholders",
@@ -228,12 +234,21 @@ def test_prompts_that_cannot_be_read():
     model, batch = hf.tiny("llava_onevision"), hf.batch("llava_onevision")
     inputs = batch.inputs
     refused("inputs hold no pixel_values_videos, only", model, {"input_ids": inputs["input_ids"]})
+    refused(
+        r"inputs hold no input_ids, only \['pixel_values_videos'\]",
+        model,
+        {**inputs, "input_ids": None, "attention_mask": None},
+    )
     refused("inputs hold no input_ids", model, {"pixel_values_videos": inputs["pixel_values_videos"]})
     refused("inputs hold past_key_values, .* use next_turn", model, {**inputs, "past_key_values": object()})
-    refused("attention_mask .* must have the shape of", model, {**inputs, "attention_mask": torch.ones(1, 3)})
+    refused(r"attention_mask \[1, 3\] must be \[1, 25\]", model, {**inputs, "attention_mask": torch.ones(1, 3)})
     right = inputs["attention_mask"].clone()
     right[0, -2:] = 0
-    refused("row 0 is padded on the right or inside. Pad on the left", model, {**inputs, "attention_mask": right})
+    refused(
+        "row 0 is padded on the right or inside, by attention_mask. Pad on the left",
+        model,
+        {**inputs, "attention_mask": right},
+    )
     refused("inputs hold extra", model, {**inputs, "extra": torch.ones_like(right)})
     refused("labels .* must have the shape of input_ids", model, inputs, labels=torch.ones(1, 3))
     ends = hf.batch("qwen2_5_vl", [[("text", 2), ("video", 4)]]).inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ class Adapter:
     model_types: tuple[str, ...]
     modality = "video"  # whose features hold the video: "image" where the processor makes no difference
     pixels = "pixel_values_videos"
+    pixel_axes: tuple[str, ...] = ()  # axes of these pixels; with none given any are taken
     embeddings_suffice = True  # `pack` needs nothing of the vision tower's outputs
 
     def visuals(self, model: Any, inputs: Mapping[str, Any], num_features: int) -> list[Visual]:
@@ -113,6 +114,15 @@ class Adapter:
     def token_id(self, model: Any, modality: str) -> int:
         """Id of the placeholder of a modality."""
         return getattr(model.config, f"{modality}_token_id")
+
+    def check_inputs(self, model: Any, inputs: Mapping[str, Any], ids: Tensor) -> None:
+        """ValueError or TypeError for inputs that do not belong together, before the vision tower runs.
+
+        Args:
+            model: the model.
+            inputs: the processor's inputs.
+            ids: `[B, L]` on the CPU.
+        """
 
     def encode(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs of the vision tower and projector by modality, each with its `pooler_output`."""
@@ -157,6 +167,22 @@ class Adapter:
     def pack(self, model: Any, prompt: Any) -> dict[str, Any]:
         """What carries the tokens of a compacted prompt into the model (`prompt`: a `prune.Compacted`)."""
         return {"inputs_embeds": prompt.inputs_embeds}
+
+
+def check_axes(name: str, x: Any, axes: Sequence[str]) -> None:
+    """An input with these axes, where digits are sizes: TypeError if it is no tensor, ValueError for another shape."""
+    wanted = f"[{', '.join(axes)}]"
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"prune_inputs: {name} is a {type(x).__name__}, it must be a tensor {wanted}. "
+            f"Pass return_tensors='pt' to the processor."
+        )
+    sizes = [int(axis) if axis.isdigit() else n for axis, n in zip(axes, x.shape, strict=False)]
+    if list(x.shape) != sizes or len(sizes) != len(axes):
+        raise ValueError(
+            f"prune_inputs: {name} {list(x.shape)} must be {wanted}. "
+            f"Pass what the processor returns with return_tensors='pt'."
+        )
 
 
 def counted(mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from cacovid_kernels.integrations.transformers.tiles import TiledAdapter
 class InternVL(TiledAdapter):
     family = "InternVL"
     model_types = ("internvl",)
+    pixel_axes = ("tiles", "channels", "rows", "columns")
 
     def tile(self, model: Any, inputs: Mapping[str, Any], num_features: int) -> int:
         return num_features // inputs["pixel_values"].shape[0]

@@ -11,6 +11,7 @@ from cacovid_kernels.integrations.transformers.adapter import Adapter, Visual, s
 class LlavaNextVideo(Adapter):
     family = "LLaVA-NeXT-Video"
     model_types = ("llava_next_video",)
+    pixel_axes = ("videos", "frames", "channels", "rows", "columns")
 
     def visuals(self, model: Any, inputs: Mapping[str, Any], num_features: int) -> list[Visual]:
         videos, frames = inputs["pixel_values_videos"].shape[:2]

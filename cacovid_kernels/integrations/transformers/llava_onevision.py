@@ -15,6 +15,7 @@ from cacovid_kernels.integrations.transformers.adapter import Adapter, Visual, s
 class LlavaOneVision(Adapter):
     family = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
+    pixel_axes = ("videos", "frames", "channels", "rows", "columns")
 
     def features(self, model: Any, output: Any, modality: str, inputs: Mapping[str, Any]) -> Tensor:
         if modality == "video":

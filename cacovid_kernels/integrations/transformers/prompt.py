@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacovid_kernels.integrations.transformers.adapter import VISION_INPUTS, Adapter, Visual
+from cacovid_kernels.integrations.transformers.adapter import VISION_INPUTS, Adapter, Visual, check_axes
 from cacovid_kernels.ops._checks import Grid
 
 OP = "prune_inputs"
@@ -57,16 +57,22 @@ def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any]) -> Prompt:
     """Run the vision tower and lay the prompts out.
 
     Raises:
-        ValueError: an input is missing, padding is on the right, or placeholders and features do not match.
+        ValueError: an input is missing, padding is on the right, the mask hides a video, or placeholders, grids and
+            features do not match.
+        TypeError: an input is no tensor.
     """
     ids = inputs.get("input_ids")
     if ids is None or inputs.get(adapter.pixels) is None:
         missing = "input_ids" if ids is None else adapter.pixels
-        raise ValueError(f"{OP}: inputs hold no {missing}, only {sorted(inputs)}. Pass the processor's whole output.")
+        held = sorted(name for name, value in inputs.items() if value is not None)
+        raise ValueError(f"{OP}: inputs hold no {missing}, only {held}. Pass the processor's whole output.")
+    check_axes("input_ids", ids, ("B", "L"))
+    if adapter.pixel_axes:
+        check_axes(adapter.pixels, inputs[adapter.pixels], adapter.pixel_axes)
     host_ids = ids.cpu()
-    given = inputs.get("attention_mask")
-    mask = torch.ones_like(host_ids) if given is None else given.cpu().long()
+    mask = _mask(model, inputs, host_ids)
     _check(inputs, host_ids, mask)
+    adapter.check_inputs(model, inputs, host_ids)
     encoded = adapter.encode(model, inputs)
     embeds = model.get_input_embeddings()(ids)
     count = 0
@@ -77,6 +83,13 @@ def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any]) -> Prompt:
             raise ValueError(
                 f"{OP}: the prompts have {int(placeholders.sum())} {modality} placeholders, the vision tower gives "
                 f"{features.shape[0]} features. Pass ids and pixels of one call of the processor."
+            )
+        hidden = placeholders & (mask == 0)
+        if hidden.any():
+            row = int(hidden.any(1).nonzero()[0])
+            raise ValueError(
+                f"{OP}: attention_mask hides {int(hidden[row].sum())} of the {int(placeholders[row].sum())} {modality} "
+                f"placeholders of row {row}. Mask padding alone; to drop tokens pass a selector."
             )
         if modality == adapter.modality:
             count = features.shape[0]
@@ -104,6 +117,27 @@ def all_tokens(prompt: Prompt) -> tuple[Tensor, tuple[int, ...]]:
     return indices, tuple(t * h * w for t, h, w in prompt.grid_thw)
 
 
+def _mask(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """`[B, L]` int64 on the CPU: the one given, or the one that `generate` infers from ids alone."""
+    given = inputs.get("attention_mask")
+    if given is not None:
+        check_axes("attention_mask", given, tuple(map(str, ids.shape)))
+        mask = given.cpu()
+        odd = mask[(mask != 0) & (mask != 1)]
+        if len(odd):
+            raise ValueError(
+                f"{OP}: attention_mask holds {odd[0].item()}, it must be 1 at tokens and 0 at padding. "
+                f"Pass the processor's mask."
+            )
+        return mask.long()
+    config = getattr(model, "generation_config", None)
+    pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    # Where padding and the end of a text are the same token, generate takes all tokens for real ones.
+    if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        return torch.ones_like(ids)
+    return (ids != pad).long()
+
+
 def _check(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> None:
     for name in ("inputs_embeds", "position_ids", "past_key_values"):
         if inputs.get(name) is not None:
@@ -111,13 +145,12 @@ def _check(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> None:
                 f"{OP}: inputs hold {name}, which is made here from the whole prompt. Leave it out; for a second "
                 f"question on a compressed cache use next_turn."
             )
-    if mask.shape != ids.shape:
-        raise ValueError(f"{OP}: attention_mask {list(mask.shape)} must have the shape of input_ids {list(ids.shape)}.")
     if (mask.diff(dim=1) < 0).any():
         row = int((mask.diff(dim=1) < 0).any(1).nonzero()[0])
+        told = "attention_mask" if inputs.get("attention_mask") is not None else "the ids, for want of attention_mask"
         raise ValueError(
-            f"{OP}: row {row} is padded on the right or inside. Pad on the left: processor.tokenizer.padding_side = "
-            f'"left".'
+            f"{OP}: row {row} is padded on the right or inside, by {told}. Pad on the left: "
+            f'processor.tokenizer.padding_side = "left".'
         )
     known = VISION_INPUTS | {"input_ids", "attention_mask", "labels"}
     for name, value in inputs.items():

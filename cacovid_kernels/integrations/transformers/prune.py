@@ -60,9 +60,10 @@ def prune_inputs(
 
     Args:
         model: a `...ForConditionalGeneration` of transformers; docs/integrations.md lists the families.
-        inputs: what the model's processor returned: `input_ids [B, L]`, pixels, grids, `attention_mask` (padding on
-            the left). Several videos and images per prompt are fine; images stay whole. InternVL and SmolVLM2 need
-            `inputs["visuals"]`, a list of ("video", frames) and ("image", tiles), unless every prompt is one video.
+        inputs: what the model's processor returned: `input_ids [B, L]`, pixels, grids, `attention_mask` (1 and 0,
+            padding on the left; without it padding is told by its id, as `generate` does). Several videos and images
+            per prompt are fine; images stay whole. InternVL and SmolVLM2 need `inputs["visuals"]`, a list of
+            ("video", frames) and ("image", tiles), unless every prompt is one video.
         selector: chooses what stays. A `CompressionPolicy`; `divprune`, `evs` or `vidcom2` of
             `cacovid_kernels.compressors`; or a function of `(embeddings [N, D], grid_thw)`, the video tokens of one
             prompt as the language model gets them and (frames, rows, columns) of its videos, that returns scores
@@ -73,7 +74,8 @@ def prune_inputs(
         budget: "frames" gives each frame a budget (`select_tokens`), the default for a policy; "video" keeps the best
             of the whole video (`topk_tokens`), the default for a function. Compressors have their own.
         options: of `select_tokens` (`importance_ratio`, `max_frame_ratio`, `fill`, `mode`, `check`) or of `topk_tokens`
-            (`check`).
+            (`check`). `check` is "raise" here: scores that are NaN or +inf are refused. That reads a value on the
+            host, which reads grids and lengths of these prompts anyway; `check="flag"` ranks NaN last instead.
 
     Returns:
         Arguments of `model.generate(**out)` and `model(**out)`: `inputs_embeds [B, L', D]` (Qwen3-VL: `input_ids` and
@@ -83,7 +85,8 @@ def prune_inputs(
 
     Raises:
         ValueError: an unknown model, a prompt that does not fit its videos, padding on the right, a count that
-            cannot be kept; one line says which.
+            cannot be kept, scores that are no numbers; one line says which.
+        TypeError: an input is no tensor, or a count no number.
         RuntimeError: the installed transformers lacks an entry point; the line names the versions that have it.
 
     Example:

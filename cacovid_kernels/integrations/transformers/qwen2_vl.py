@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cacovid_kernels.integrations.transformers.adapter import Adapter, Visual
+from cacovid_kernels.integrations.transformers.grids import GriddedAdapter
 
 _POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
-class Qwen2VL(Adapter):
+class Qwen2VL(GriddedAdapter):
     family = "Qwen2-VL"
     model_types: tuple[str, ...] = ("qwen2_vl",)
 
-    def visuals(self, model: Any, inputs: Mapping[str, Any], num_features: int) -> list[Visual]:
-        merge = model.config.vision_config.spatial_merge_size
-        return [Visual.video((t, h // merge, w // merge)) for t, h, w in inputs["video_grid_thw"].tolist()]
+    def merges(self, model: Any, inputs: Mapping[str, Any], modality: str, count: int) -> list[int]:
+        return [model.config.vision_config.spatial_merge_size] * count
 
     def positions(self, model: Any, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
         # The model's own rule, on the whole prompt and on the CPU: it walks the grids item by item.

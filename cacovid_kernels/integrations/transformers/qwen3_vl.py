@@ -15,6 +15,7 @@ class Qwen3VL(Qwen2VL):
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     embeddings_suffice = False
+    frames_apart = True
 
     def check(self, model: Any) -> None:
         super().check(model)

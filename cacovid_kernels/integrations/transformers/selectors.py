@@ -83,7 +83,7 @@ def choose(
     grid = prompt.grid_thw
     counts = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
     kept = check_counts(prompt, keep_ratio, num_tokens)
-    frames = None
+    frames, options = None, {"check": "raise", **options}
     if _is_compressor(selector):
         return _compress(selector, prompt.video_embeds, grid, kept), tuple(kept)
     if isinstance(selector, CompressionPolicy):

@@ -11,6 +11,7 @@ from cacovid_kernels.integrations.transformers.tiles import TiledAdapter
 class SmolVLM(TiledAdapter):
     family = "SmolVLM2"
     model_types = ("smolvlm",)
+    pixel_axes = ("B", "tiles", "channels", "rows", "columns")
     # Two tiles of a split image stand 2 apart (fake token, row and column) or 3 to 4 across a line; a frame brings
     # the fake token that ends the last one, a timestamp, a fake token and the global mark.
     closest_frames = 5

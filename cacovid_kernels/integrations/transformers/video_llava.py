@@ -11,6 +11,7 @@ from cacovid_kernels.integrations.transformers.adapter import Adapter, Visual, s
 class VideoLlava(Adapter):
     family = "Video-LLaVA"
     model_types = ("video_llava",)
+    pixel_axes = ("videos", "frames", "channels", "rows", "columns")
 
     def visuals(self, model: Any, inputs: Mapping[str, Any], num_features: int) -> list[Visual]:
         videos, frames = inputs["pixel_values_videos"].shape[:2]
