@@ -89,6 +89,28 @@ def test_as_decoding_on_a_masked_cache(family, name, ratio):
     check(family, name, found, kept_by_attention(family, name, ratio))
 
 
+@pytest.mark.parametrize("family", SOME)
+def test_of_a_long_text_the_last_64_tokens_are_asked(family):
+    """As the attention matrix of the whole prompt has it; more or fewer of its rows would keep other tokens."""
+    model, batch = hf.tiny(family), hf.batch(family, [[("text", 3), ("video", 30), ("text", 120)]])
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    attention = eager(**batch.inputs, output_attentions=True).attentions[-1][0]
+    video = batch.video[0] >= 0
+    places = video.nonzero()[:, 0]
+
+    def left(rows):
+        best = attention[:, -rows:].mean((0, 1))[places].topk(len(places) // 2).indices
+        return (~video).scatter(0, places[best], True).nonzero()[:, 0]
+
+    with compress(model, keep_ratio=0.5, stage="kv") as compression:
+        model.generate(**batch.inputs, max_new_tokens=1)
+    columns = compression.inputs["position_ids"].reshape(-1, len(left(64)))[0]  # the axis that serves masks counts
+    assert torch.equal(columns, left(64))
+    for other in (1, 48, 80, 120):
+        assert not torch.equal(columns, left(other))
+
+
 @pytest.mark.parametrize("name", ["single", "ragged"])
 @pytest.mark.parametrize("family", hf.FAMILIES)
 def test_keeping_all_is_the_untouched_model_bit_for_bit(family, name):

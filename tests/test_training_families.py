@@ -15,6 +15,7 @@ from test_hf_oracle import case, full_run
 import cacovid_kernels as ck
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.integrations.transformers import prune_inputs
+from cacovid_kernels.samples import BadRowError
 from cacovid_kernels.training import Sample, TrainConfig, Trainer
 from cacovid_kernels.training.rollout import attempt, encode
 
@@ -81,6 +82,83 @@ def test_a_step_moves_the_policy(family, tmp_path):
     assert set(model.times) == {rows[0].timestamps}
     out = prune_inputs(model.network, hf.batch(family).inputs, policy, keep_ratio=0.5)
     assert model.network(**out).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_order_of_a_combination_does_not_matter(family):
+    """Features that enter again in the first layers go to their own tokens."""
+    model = Played(family)
+    prompt = encode(model, sample("0", "red"), config())
+    chosen = draws(prompt, 5)
+    chosen[1, :2] = -1
+    shuffled = chosen[:, [3, 1, 4, 0, 2]]
+    (found,), (wanted,) = (attempt(model, [prompt], [kept], config(), speaks=False) for kept in (shuffled, chosen))
+    assert torch.equal(found.logits, wanted.logits)
+
+
+class Changed(Played):
+    """A processor whose first prompt is put through a function."""
+
+    def __init__(self, family, change):
+        super().__init__(family)
+        self.change = change
+
+    def inputs(self, frames, question, timestamps=None):
+        inputs = super().inputs(frames, question, timestamps)
+        return self.change(inputs) if question == "0" else inputs
+
+
+def with_placeholder(inputs):
+    more = torch.tensor([[hf.VIDEO, 5]])
+    for name, value in (("input_ids", more), ("attention_mask", more.sign()), ("mm_token_type_ids", more * 0)):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], value], 1)
+    return inputs
+
+
+def refusing(_):
+    raise ValueError("no such video\nat all")
+
+
+def two_videos(_):
+    return hf.batch("llava_onevision", [[("video", 4), ("text", 2), ("video", 4), ("text", 3)]]).inputs
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_placeholder, r"the prompts have \d+ video placeholders"),
+        (refusing, "no such video$"),
+        (two_videos, "the prompt holds 2 videos, a row must hold one"),
+    ],
+)
+def test_a_prompt_that_is_refused_is_a_bad_row(family, change, message, tmp_path, capsys):
+    if change is two_videos:
+        family = "llava_onevision"
+    model, rows = Changed(family, change), [sample("0", "red"), sample("1", "blue")]
+    with pytest.raises(BadRowError, match=rf"^prompt 0: .*{message}") as caught:
+        encode(model, rows[0], config())
+    assert "\n" not in str(caught.value)
+    Trainer(config(tmp_path, reward="log_prob"), model, rows).train()
+    assert capsys.readouterr().err.count("skipped: prompt 0: ") == 1
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("answer", ["#", "a#b", "a#"])
+def test_an_answer_with_a_placeholder_is_a_bad_row(family, answer):
+    model = Played(family)
+    placeholder = hf.IMAGE if family == "internvl" else hf.VIDEO
+    model.tokenizer = lambda text, add_special_tokens: {"input_ids": [placeholder if c == "#" else 20 for c in text]}
+    with pytest.raises(BadRowError, match=rf"^prompt 0: answer '{answer}' holds .* \(token {placeholder}\)\. Take it"):
+        encode(model, sample("0", answer), config())
+
+
+def test_a_model_of_no_family_is_no_bad_row():
+    model = Played("llava_onevision")
+    model.network = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="no adapter for Linear"):
+        encode(model, sample("0", "red"), config())
 
 
 def test_a_first_layer_that_is_no_pattern_for_a_policy(tmp_path):

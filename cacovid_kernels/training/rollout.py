@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -47,26 +48,45 @@ def encode(model: VideoModel, sample: Sample, config: TrainConfig) -> Prompt:
     """Vision tower and embeddings of one sample.
 
     Raises:
-        BadRowError: the question or the answer cannot be written in the model's tokens.
+        BadRowError: the question or the answer cannot be written in the model's tokens, or the processor or the
+            model's family refuses the prompt.
     """
-    try:
+    adapter = adapter_of(model.network)
+    with _refusing(sample):
         inputs = model.inputs(sample.frames, sample.question, sample.timestamps)
-    except UserError as error:
-        raise BadRowError(f"{sample.name}: {error}") from None
     answer = model.tokenizer(sample.answer + config.answer_end, add_special_tokens=False)["input_ids"]
     if not answer:
         raise BadRowError(f"{sample.name}: answer {sample.answer!r} has no token.")
     ids = inputs["input_ids"]
+    placeholder = adapter.token_id(model.network, adapter.modality)
+    if placeholder in answer:
+        raise BadRowError(
+            f"{sample.name}: answer {sample.answer!r} holds the model's placeholder of a video (token {placeholder}). "
+            f"Take it out."
+        )
     answer = torch.tensor(answer, device=ids.device)
     spoken, length = len(answer) - 1, ids.shape[1]
     inputs = {**inputs, "input_ids": torch.cat([ids, answer[None, :-1]], 1)}
     for name, of_text in (("attention_mask", 1), ("mm_token_type_ids", 0)):
         if inputs.get(name) is not None:
             inputs[name] = F.pad(inputs[name], (0, spoken), value=of_text)
-    whole = read(model.network, adapter_of(model.network), inputs)
+    with _refusing(sample):
+        whole = read(model.network, adapter, inputs)
+    if len(whole.grid_thw) != 1:
+        raise BadRowError(f"{sample.name}: the prompt holds {len(whole.grid_thw)} videos, a row must hold one.")
     is_text = torch.ones(length, dtype=torch.bool, device=ids.device).scatter(0, whole.tokens, False)
     text = masked_positions(is_text, length - len(whole.tokens))
     return Prompt(sample, flat(whole), whole.encoded, whole.tokens, text, answer, whole.grid_thw[0])
+
+
+@contextmanager
+def _refusing(sample: Sample) -> Iterator[None]:
+    """Inside, what is refused of a sample is a bad row of one line."""
+    try:
+        yield
+    except (UserError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadRowError(f"{sample.name}: {reason[0]}") from None
 
 
 def policy_batch(prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -159,7 +179,7 @@ def _inputs(
     if adapter.embeddings_suffice:
         compacted = take(tokens, index, index[:0, 0], (), {})
     else:
-        (chosen,) = kept
+        chosen = kept[0].sort(1).values  # features lie in the order of the prompt, as its tokens do
         counts = tuple((chosen >= 0).sum(1).tolist())
         compacted = take(tokens, index, chosen[chosen >= 0], counts, prompts[0].encoded)
     return {
