@@ -108,8 +108,8 @@ class CompressionPolicy(nn.Module):
 
         Args:
             inputs_embeds, video_mask, position_ids, attention_mask, grid_thw: as in the call of the policy.
-            budget: "frames", the published one, by frame scores; or "video": the best tokens of the whole video, for
-                policies that were trained by draws from it.
+            budget: "frames", the published one, by frame scores, for policies that were trained by draws from every
+                frame; or "video": the best tokens of the whole video, for those trained by draws from it.
             selection: `keep_ratio` or `num_tokens`, and what else `select_tokens` takes ("frames") or `topk_tokens`
                 ("video").
 

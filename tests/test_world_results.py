@@ -55,7 +55,8 @@ def test_thinned_log():
 def test_the_page_and_its_plots(tmp_path, monkeypatch):
     record = {"questions": 600, "world_seed": 2, "scores": [vars(one) for one in SCORES]}
     (tmp_path / "compression.json").write_text(json.dumps(record))
-    steps = [{"step": 20 * i, "reward/token": 0.1 * i, "reward/frame": 0.1, "entropy": 0.5} for i in range(1, 5)]
+    steps = [{"step": i, "reward/token": 0.1 * i, "reward/frame": 0.2 / i, "reward/content": 0.1, "entropy": 0.5,
+              "kept_ratio": 0.1} for i in range(1, 3)]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, steps)))
     runs = [
         {"sampler": sampler, "ratio": 0.05, "seed": seed, "steps": 4, "kept": 0.0556,
@@ -67,6 +68,8 @@ def test_the_page_and_its_plots(tmp_path, monkeypatch):
     assert report.main() == 0
     page = (tmp_path / "README.md").read_text()
     assert "| 5.6 % | gumbel_video | 2 | 30.0 (30.0 to 30.0) | 45.0 (40.0 to 50.0) |" in page
+    assert "draws of frames earn 15 % in the first 2 steps and 15 % in the last 2, density peaks" in page
+    assert "`learning_rate` 0.001 (1e-06)" in page
     for name in ("compression.png", "training.png", "samplers.png"):
         assert name in page
         assert min(Image.open(tmp_path / name).size) > 300

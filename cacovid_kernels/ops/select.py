@@ -251,8 +251,9 @@ def topk_tokens(
 ) -> Selection:
     """Chooses the best tokens of every whole video, without a budget per frame: a frame may give all or none.
 
-    What a policy means that was trained by draws from the whole video (`sampler="gumbel_video"`), and any scorer whose
-    scores compare across frames.
+    For a policy trained by draws from the whole video (`sampler="gumbel_video"`), and any scorer whose scores compare
+    across frames. A policy trained by draws from every frame ("gumbel", "combinations") takes a budget per frame:
+    `select_tokens`.
 
     Args:
         token_scores: `[N]` packed over all videos, `[T, P]` or `[B, T, P]`; float32, bfloat16 or float16,
