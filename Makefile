@@ -10,8 +10,10 @@ OLDEST_TRITON := 3.6.0
 OLDEST_TRANSFORMERS := 5.10.4
 # KiB: 5 MB.
 WHEEL_LIMIT := 4882
-# In variables: a comma in the text of a call would end its argument.
-BENCH := --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min
+# Benchmarks that run in processes of their own; the results of all others are cpu.jsonl.
+ALONE := generate policy_loss
+# $(call race,what pytest collects,name of the results)
+race = $(PY) -m pytest $(1) --benchmark-columns=median,min,iqr,rounds --benchmark-sort=min $(if $(RESULTS),--save-results $(RESULTS)/$(2).jsonl)
 
 # $(call timed,name,command): runs a command and prints how long it took.
 timed = @echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1) took $$(($$(date +%s) - start)) s"
@@ -66,8 +68,8 @@ cuda: $(VENV)/.installed  ## compile the CUDA kernels for every architecture and
 mutants: $(VENV)/.built  ## plant a few bugs per family of kernels; the tests must find each (`make nightly`: all)
 	$(call timed,mutants,$(PY) tests/triton/mutate.py --each 3 && $(PY) tests/cuda/mutate.py --each 2)
 
-bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FILE saves medians and ratios
-	$(call timed,benchmarks,$(PY) -m pytest bench $(BENCH) $(if $(RESULTS),--save-results $(RESULTS)))
+bench: $(VENV)/.built  ## time every op beside its baselines; RESULTS=FOLDER saves medians and ratios
+	$(call timed,benchmarks,$(call race,bench $(ALONE:%=--ignore=bench/bench_%.py),cpu)$(foreach name,$(ALONE), && $(call race,bench/bench_$(name).py,$(name))))
 
 gpu:  ## evidence on a GPU, with its own python3: PART=tests|bench|sanitize|profile, DRY=1 without a GPU
 	$(call timed,gpu,$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(DRY),--dry-run) $(if $(RESULTS),--results $(RESULTS)) $(FLAGS))

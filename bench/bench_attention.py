@@ -34,4 +34,5 @@ def bench_attention(race, rows, dtype, contestant):
     call = CONTESTANTS[contestant]
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(call(*inputs[0]), ck.attention_scores(*inputs[0]), rtol=tolerance, atol=1e-5)
-    race(f"attention, {rows} rows, {dtype}".replace("torch.", ""), contestant, call, inputs)
+    count = "1 row" if rows == 1 else f"{rows} rows"
+    race(f"attention, {count}, {dtype}".replace("torch.", ""), contestant, call, inputs)

@@ -1,7 +1,7 @@
 """The benchmark harness: every op runs beside its baselines, in one process, on one thread, on fresh inputs.
 
-A repeated input trains the branch predictor (a top-k of 196 scores reads 4x too fast) and a fresh output pays
-page faults, so inputs rotate and contestants write to preallocated outputs where they can.
+A repeated input trains the branch predictor (a top-k of 196 scores reads several times too fast) and a fresh output
+pays page faults, so inputs rotate and contestants write to preallocated outputs where they can.
 """
 
 from __future__ import annotations

@@ -359,8 +359,9 @@ def attention(gpu: Device, rows: int) -> Race:
         "softmax of products": attentions.softmax_of_products,
     }
     moved = 2 * size * (key_heads * n + heads * rows) + 4 * n
+    count = "1 row" if rows == 1 else f"{rows} rows"
     return Race(
-        "attention_scores", f"{rows} rows of {heads} heads, {n} keys of {key_heads} heads x {size} bfloat16",
+        "attention_scores", f"{count} of {heads} heads, {n} keys of {key_heads} heads x {size} bfloat16",
         contestants, inputs, _scores_close, moved, operations=2 * heads * rows * n * size, rotates=not gpu.dry,
     )  # fmt: skip
 

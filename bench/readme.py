@@ -1,4 +1,4 @@
-"""Renders bench/results/NAME.jsonl: all of it as bench/results/NAME.md, the rows with an aim into README.md.
+"""Renders bench/results/NAME.jsonl: all of it as bench/results/NAME.md, some rows into README.md.
 
 The README's tables stand between `<!-- results:NAME -->` and `<!-- end -->`, whole ones in docs/integrations.md too;
 that of docs/results/compression.json between `<!-- world -->` and `<!-- end -->`. With `--check` nothing is written and
@@ -10,29 +10,73 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+WHOLE_MODEL = "first token of 24 layers, computed, policy keeps 10%"
+SHORT = {  # of results without aims, the rows (group, baseline) that the README shows
+    "generate": (
+        (WHOLE_MODEL, "full prompt"),
+        (WHOLE_MODEL, "full prompt, vision tower counted in both"),
+        ("bytes of the cache, 10% kept", "full prompt"),
+    )
+}
 
 
-def table(name: str, with_aim_only: bool) -> str:
-    """Markdown table of one results file: a line per op, shape and baseline."""
-    header, *rows = (json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines())
-    lines = ["| op | baseline | ratio | aim |", "| --- | --- | ---: | ---: |"]
-    for row in rows:
-        for baseline, ratio in row["ratios"].items():
-            aim = row["targets"].get(baseline)
-            if aim is None and with_aim_only:
-                continue
-            verdict = "" if aim is None else f"{aim:g}x" if ratio >= aim else f"{aim:g}x, missed"
-            lines.append(f"| {row['group']} | {baseline} | {ratio:.2f}x | {verdict} |")
-        for part, share in row.get("shares", {}).items():
-            limit = row["limits"][part]
+class Row(NamedTuple):
+    """One line of a table."""
+
+    group: str
+    baseline: str
+    value: str
+    verdict: str = ""
+    reached: float | None = None  # ratio / aim
+
+
+def two_digits(ratio: float) -> str:
+    """Two significant digits below 10, integers above: one ratio moves by tens of percent between runs."""
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:#.2g}".rstrip(".") + "x"
+
+
+def read(name: str) -> tuple[list[Row], str]:
+    """Rows of one results file, by group and baseline, and where they come from. Aims meet the unrounded ratios."""
+    header, *groups = (json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines())
+    rows = []
+    for group in groups:
+        for baseline, ratio in group["ratios"].items():
+            row = Row(group["group"], baseline, two_digits(ratio))
+            if aim := group["targets"].get(baseline):
+                row = row._replace(verdict=f"{aim:g}x{'' if ratio >= aim else ', missed'}", reached=ratio / aim)
+            rows.append(row)
+        for part, share in group.get("shares", {}).items():
+            limit = group["limits"][part]
             verdict = f"below {limit:.0%}{'' if share < limit else ', missed'}"
-            lines.append(f"| {row['group']} | share of the first token, {part} | {100 * share:.2g}% | {verdict} |")
+            rows.append(Row(group["group"], f"share of the first token, {part}", f"{100 * share:.2g}%", verdict))
     source = f"commit {header['commit']}, torch {header['torch']}, {header['cpu_isa']}, {header['threads']} thread"
-    return "\n".join([*lines, "", f"From [bench/results/{name}.jsonl](/bench/results/{name}.jsonl): {source}."])
+    return rows, f"From [bench/results/{name}.jsonl](/bench/results/{name}.jsonl): {source}."
+
+
+def for_readme(name: str, rows: Sequence[Row]) -> list[Row]:
+    """Of every op the row that does worst against its aim; an op is the first word of its groups."""
+    if name in SHORT:
+        return [next(row for row in rows if row[:2] == wanted) for wanted in SHORT[name]]
+    worst: dict[str, Row] = {}
+    for row in rows:
+        if row.reached is not None:
+            op = row.group.split()[0]
+            worst[op] = min(worst.get(op, row), row, key=lambda row: row.reached)
+    return list(worst.values())
+
+
+def table(rows: Sequence[Row], source: str) -> str:
+    """Markdown."""
+    aims = any(row.verdict for row in rows)
+    lines = ["| op | baseline | ratio |" + " aim |" * aims, "| --- | --- | ---: |" + " ---: |" * aims]
+    lines += [f"| {row.group} | {row.baseline} | {row.value} |" + f" {row.verdict} |" * aims for row in rows]
+    return "\n".join([*lines, "", source])
 
 
 def world_table() -> str:
@@ -49,15 +93,18 @@ def world_table() -> str:
 
 def rendered() -> dict[Path, str]:
     """What every generated file has to hold."""
-    pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.S)
+    results = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.S)
     world = re.compile(r"(<!-- world -->\n).*?(<!-- end -->)", re.S)
     files = {}
-    for page, with_aim_only in ((ROOT / "README.md", True), (ROOT / "docs" / "integrations.md", False)):
+    for page, short in ((ROOT / "README.md", True), (ROOT / "docs" / "integrations.md", False)):
         text = page.read_text()
-        rest = pattern.sub(lambda m, only=with_aim_only: f"{m[1]}{table(m[2], only)}\n{m[3]}", text)
-        files[page] = world.sub(lambda m: f"{m[1]}{world_table()}\n{m[2]}", rest)
-        for _, name, _ in pattern.findall(text):
-            files[RESULTS / f"{name}.md"] = f"# Every ratio of one run\n\n{table(name, False)}\n"
+        tables = {}
+        for _, name, _ in results.findall(text):
+            rows, source = read(name)
+            files[RESULTS / f"{name}.md"] = f"# Every ratio of one run\n\n{table(rows, source)}\n"
+            tables[name] = table(for_readme(name, rows) if short else rows, source)
+        text = results.sub(lambda m, tables=tables: f"{m[1]}{tables[m[2]]}\n{m[3]}", text)
+        files[page] = world.sub(lambda m: f"{m[1]}{world_table()}\n{m[2]}", text)
     return files
 
 
