@@ -67,7 +67,7 @@ def stand_in():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
     start, end, video, image = (tokenizer.convert_tokens_to_ids(mark) for mark in marks[2:])
 
-    seconds = [pair + 0.25 for pair in range(t)]
+    seconds = [round(pair + 0.25, 1) for pair in range(t)]  # the middle of each pair, as the prompt names it
     shown = "".join(f"<{s:.1f} seconds>{marks[2]}{marks[4] * (h * w // 4)}{marks[3]}" for s in seconds)
     ids = tokenizer(f"{marks[0]}user\n{shown}What happens?{marks[1]}\n{marks[0]}assistant\n", return_tensors="pt")
     ids = ids["input_ids"]
