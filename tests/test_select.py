@@ -292,7 +292,7 @@ def test_a_refused_size_leaves_nothing_behind(backend):
             ck.select_tokens(tokens, None, [(13, 1, 11)], num_tokens=count)
     with pytest.raises(TypeError, match=r"segmented_topk: k=2\.0 must be integers"):
         ck.segmented_topk(tokens, 2.0)
-    with pytest.raises(TypeError, match=r"segmented_topk: k=.*True.* must be integers"):
+    with pytest.raises(TypeError, match=r"segmented_topk: k=True must be integers"):
         ck.segmented_topk(tokens, True)
     for name in ("keep_ratio", "importance_ratio", "max_frame_ratio"):
         for value in ("0.21", True, [0.21]):
@@ -303,7 +303,9 @@ def test_a_refused_size_leaves_nothing_behind(backend):
             assert "\n" not in str(caught.value)
     ck.topk_tokens(tokens, [(13, 1, 11)], num_tokens=1)
     for count in (True, [True]):
-        with pytest.raises(TypeError, match=r"topk_tokens: num_tokens=.* must be integers\. Pass Python ints"):
+        with pytest.raises(
+            TypeError, match=r"topk_tokens: num_tokens=(True|\[True\]) must be integers\. Pass Python ints"
+        ):
             ck.topk_tokens(tokens, [(13, 1, 11)], num_tokens=count)
     assert ck.select_tokens(tokens, None, [(13, 1, 11)], num_tokens=17).lengths == (17,)
     assert ck.select_tokens(tokens, None, [(13, 1, 11)], keep_ratio=0.21).lengths == (30,)

@@ -71,8 +71,8 @@ def on_host(op: str, name: str, values: Any) -> Any:
 
 
 def is_one_int(value: Any) -> bool:
-    """Whether a size is one number rather than one per video or segment."""
-    return isinstance(value, (int, torch.SymInt, Integral))
+    """Whether a size is one number rather than one per video or segment; a truth value is neither."""
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def host_ints(op: str, name: str, values: Any) -> tuple[int, ...]:
