@@ -61,6 +61,25 @@ def test_models_inside_something(family, stage, selector):
         assert "generate" not in vars(outer)
 
 
+def test_prune_inputs_of_models_inside_something():
+    model, inputs = fresh("qwen2_5_vl")
+    wanted = prune_inputs(model, inputs, scores, keep_ratio=0.5)
+    for outer in (torch.compile(model), Wrapper(model, says_so=True)):
+        found = prune_inputs(outer, inputs, scores, keep_ratio=0.5)
+        assert all(torch.equal(found[name], x) for name, x in wanted.items())
+
+
+@pytest.mark.parametrize(("stage", "selector"), STAGES)
+def test_padding_is_told_by_the_call(stage, selector):
+    """Without a mask, by a padding token that only the call names."""
+    model = fresh()[0]
+    model.generation_config.pad_token_id = None
+    inputs = dict(hf.batch("llava_onevision", hf.RAGGED).inputs)
+    wanted = answer(model, inputs, stage, selector, pad_token_id=hf.PAD)
+    del inputs["attention_mask"]
+    assert torch.equal(answer(model, inputs, stage, selector, pad_token_id=hf.PAD), wanted)
+
+
 def test_a_model_that_hides_another_is_noticed():
     model, inputs = fresh("llava_onevision")
     outer = Wrapper(model, says_so=False)

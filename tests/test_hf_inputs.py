@@ -222,6 +222,8 @@ def test_prompts_that_do_not_fit_their_videos():
         {**tiles, "visuals": [("video", 8)]},
     )
     refused(r"visuals has the entry \('clip', 4\)", hf.tiny("internvl"), {**tiles, "visuals": [("clip", 4)]})
+    refused("visuals has the entry 'video'", hf.tiny("internvl"), {**tiles, "visuals": "video"})
+    refused("visuals has the entry 3", hf.tiny("internvl"), {**tiles, "visuals": [3]})
     big = hf.batch("internvl").inputs
     row = big["input_ids"][0].tolist()
     first = row.index(hf.IMAGE)

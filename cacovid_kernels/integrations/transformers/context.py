@@ -119,7 +119,7 @@ def compress(
         ids: Any = kwargs.get("input_ids") if inputs is None else inputs
         given["input_ids"] = ids
         with torch.no_grad():
-            prompt = read(inner, adapter, given)
+            prompt = read(inner, adapter, given, {name: settings[name] for name in ("pad_token_id", "eos_token_id")})
             if not prompt.grid_thw:  # frames and images look alike until now
                 return original(inputs, generation_config, *args, **_without_notes(kwargs))
             check_counts(prompt, keep_ratio, num_tokens)

@@ -53,8 +53,15 @@ class Prompt:
         return flat.scatter(0, self.tokens, True).view_as(self.input_ids)
 
 
-def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any]) -> Prompt:
+def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Prompt:
     """Run the vision tower and lay the prompts out.
+
+    Args:
+        model: the model, unwrapped.
+        adapter: of its family.
+        inputs: what the processor returned.
+        settings: `pad_token_id` and `eos_token_id` of a call of `generate`, by default those of the model; without an
+            `attention_mask` they tell padding.
 
     Raises:
         ValueError: an input is missing, padding is on the right, the mask hides a video, or placeholders, grids and
@@ -70,7 +77,7 @@ def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any]) -> Prompt:
     if adapter.pixel_axes:
         check_axes(adapter.pixels, inputs[adapter.pixels], adapter.pixel_axes)
     host_ids = ids.cpu()
-    mask = _mask(model, inputs, host_ids)
+    mask = _mask(inputs, host_ids, vars(model.generation_config) if settings is None else settings)
     _check(inputs, host_ids, mask)
     adapter.check_inputs(model, inputs, host_ids)
     encoded = adapter.encode(model, inputs)
@@ -117,7 +124,7 @@ def all_tokens(prompt: Prompt) -> tuple[Tensor, tuple[int, ...]]:
     return indices, tuple(t * h * w for t, h, w in prompt.grid_thw)
 
 
-def _mask(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+def _mask(inputs: Mapping[str, Any], ids: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """`[B, L]` int64 on the CPU: the one given, or the one that `generate` infers from ids alone."""
     given = inputs.get("attention_mask")
     if given is not None:
@@ -130,8 +137,7 @@ def _mask(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
                 f"Pass the processor's mask."
             )
         return mask.long()
-    config = getattr(model, "generation_config", None)
-    pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    pad, ends = settings.get("pad_token_id"), settings.get("eos_token_id")
     # Where padding and the end of a text are the same token, generate takes all tokens for real ones.
     if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
         return torch.ones_like(ids)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cacovid_kernels.integrations.transformers.adapter import VISION_INPUTS, Adapter, counted
 from cacovid_kernels.integrations.transformers.prompt import OP, Prompt, read
-from cacovid_kernels.integrations.transformers.registry import adapter_of
+from cacovid_kernels.integrations.transformers.registry import adapter_of, unwrapped
 from cacovid_kernels.integrations.transformers.selectors import Selector, check_selector, choose
 from cacovid_kernels.ops.gather import gather_tokens
 
@@ -109,6 +109,7 @@ def prune_inputs(
         >>> model.generate(**out, max_new_tokens=4, min_new_tokens=4, pad_token_id=0).shape
         torch.Size([1, 4])
     """
+    model = unwrapped(model)
     adapter = adapter_of(model)
     check_selector(selector, keep_ratio, num_tokens, budget, options)
     prompt = read(model, adapter, inputs)

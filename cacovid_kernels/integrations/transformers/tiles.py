@@ -36,8 +36,8 @@ class TiledAdapter(Adapter):
             counts = self._frames_of_rows(inputs["input_ids"].cpu() == self.token_id(model, "image"), tile)
             named = [("video" if frames > 1 else "image", frames) for frames in counts]
         items = []
-        for item in named:
-            kind, tiles = item
+        for item in named if isinstance(named, (list, tuple)) else [named]:
+            kind, tiles = item if isinstance(item, (list, tuple)) and len(item) == 2 else (None, 0)
             if kind not in ("video", "image") or not isinstance(tiles, int) or tiles < 1:
                 raise ValueError(
                     f'prune_inputs: visuals has the entry {item!r}, each must be ("video", frames) or ("image", tiles).'
