@@ -17,7 +17,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 WHOLE_MODEL = "first token of 24 layers, computed, policy keeps 10%"
-SHORT = {  # of results without aims, the rows (group, baseline) that the README shows
+SHORT = {  # where the README shows rows (group, baseline), not a summary
     "generate": (
         (WHOLE_MODEL, "full prompt"),
         (WHOLE_MODEL, "full prompt, vision tower counted in both"),
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     baseline: str
     value: str
     verdict: str = ""
-    reached: float | None = None  # ratio / aim
+    ratio: float = 0.0
 
 
 def two_digits(ratio: float) -> str:
@@ -47,10 +47,9 @@ def read(name: str) -> tuple[list[Row], str]:
     rows = []
     for group in groups:
         for baseline, ratio in group["ratios"].items():
-            row = Row(group["group"], baseline, two_digits(ratio))
-            if aim := group["targets"].get(baseline):
-                row = row._replace(verdict=f"{aim:g}x{'' if ratio >= aim else ', missed'}", reached=ratio / aim)
-            rows.append(row)
+            aim = group["targets"].get(baseline)
+            verdict = f"{aim:g}x{'' if ratio >= aim else ', missed'}" if aim else ""
+            rows.append(Row(group["group"], baseline, two_digits(ratio), verdict, ratio))
         for part, share in group.get("shares", {}).items():
             limit = group["limits"][part]
             verdict = f"below {limit:.0%}{'' if share < limit else ', missed'}"
@@ -59,16 +58,21 @@ def read(name: str) -> tuple[list[Row], str]:
     return rows, f"From [bench/results/{name}.jsonl](/bench/results/{name}.jsonl): {source}."
 
 
-def for_readme(name: str, rows: Sequence[Row]) -> list[Row]:
-    """Of every op the row that does worst against its aim; an op is the first word of its groups."""
-    if name in SHORT:
-        return [next(row for row in rows if row[:2] == wanted) for wanted in SHORT[name]]
-    worst: dict[str, Row] = {}
+def summary(rows: Sequence[Row], source: str) -> str:
+    """Markdown: of every op its first group, against the slowest and the fastest baseline, and all aims it missed.
+
+    An op is the first word of its groups.
+    """
+    ops: dict[str, list[Row]] = {}
     for row in rows:
-        if row.reached is not None:
-            op = row.group.split()[0]
-            worst[op] = min(worst.get(op, row), row, key=lambda row: row.reached)
-    return list(worst.values())
+        ops.setdefault(row.group.split()[0], []).append(row)
+    lines = ["| op | against the slowest | against the fastest | aims missed |", "| --- | ---: | ---: | ---: |"]
+    for of_op in ops.values():
+        first = sorted((row for row in of_op if row.group == of_op[0].group), key=lambda row: row.ratio)
+        fastest, slowest = (f"{row.value} {row.baseline}" for row in (first[0], first[-1]))
+        missed = {f"{row.verdict.split(',')[0]} {row.baseline}" for row in of_op if row.verdict.endswith("missed")}
+        lines.append(f"| {of_op[0].group} | {slowest} | {fastest} | {'; '.join(sorted(missed))} |")
+    return "\n".join([*lines, "", source])
 
 
 def table(rows: Sequence[Row], source: str) -> str:
@@ -102,7 +106,12 @@ def rendered() -> dict[Path, str]:
         for _, name, _ in results.findall(text):
             rows, source = read(name)
             files[RESULTS / f"{name}.md"] = f"# Every ratio of one run\n\n{table(rows, source)}\n"
-            tables[name] = table(for_readme(name, rows) if short else rows, source)
+            if not short:
+                tables[name] = table(rows, source)
+            elif name in SHORT:
+                tables[name] = table([next(row for row in rows if row[:2] == wanted) for wanted in SHORT[name]], source)
+            else:
+                tables[name] = summary(rows, source)
         text = results.sub(lambda m, tables=tables: f"{m[1]}{tables[m[2]]}\n{m[3]}", text)
         files[page] = world.sub(lambda m: f"{m[1]}{world_table()}\n{m[2]}", text)
     return files
