@@ -8,6 +8,8 @@ SANITIZERS := address,undefined thread
 OUT ?= demo_out
 OLDEST_TRITON := 3.6.0
 OLDEST_TRANSFORMERS := 5.10.4
+# The one for torch of requirements-dev.txt.
+TORCHVISION := 0.28.0
 # KiB: 5 MB.
 WHEEL_LIMIT := 4882
 # Benchmarks that run in processes of their own; the results of all others are cpu.jsonl.
@@ -50,9 +52,14 @@ emulated: $(VENV)/.built
 build/transformers-$(OLDEST_TRANSFORMERS): $(VENV)/.installed
 	$(call timed,fetching transformers $(OLDEST_TRANSFORMERS),$(PY) -m pip install -q --disable-pip-version-check --target $@.part transformers==$(OLDEST_TRANSFORMERS) && mv $@.part $@)
 
-test: emulated build/transformers-$(OLDEST_TRANSFORMERS)  ## run the tests, those of the Triton kernels in its interpreter, of the CUDA kernels on the CPU
+# What processors import. Not in .venv: without dependencies, and the other tests show that nothing else needs it.
+build/torchvision-$(TORCHVISION): $(VENV)/.installed
+	$(call timed,fetching torchvision $(TORCHVISION),$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $@.part torchvision==$(TORCHVISION) num2words==0.5.14 && mv $@.part $@)
+
+test: emulated build/transformers-$(OLDEST_TRANSFORMERS) build/torchvision-$(TORCHVISION)  ## run the tests, those of the Triton kernels in its interpreter, of the CUDA kernels on the CPU
 	$(call timed,tests,$(PY) -m pytest tests)
 	$(call timed,the oldest transformers,PYTHONPATH=build/transformers-$(OLDEST_TRANSFORMERS) $(PY) -m pytest tests/test_hf_*.py)
+	$(call timed,real processors,for older in "" build/transformers-$(OLDEST_TRANSFORMERS):; do PYTHONPATH=$${older}build/torchvision-$(TORCHVISION) $(PY) -m pytest tests/test_hf_processors.py || exit 1; done)
 	$(call timed,kernels in the interpreter,TRITON_INTERPRET=1 $(PY) -m pytest tests/triton)
 	$(call timed,CUDA kernels on the CPU,PYTHONPATH=build/emulated $(BIN)/pytest tests/cuda)
 

@@ -105,12 +105,16 @@ _CLASSES = {
 }
 
 
+def need_transformers(version: tuple[int, int], what: str) -> None:
+    """Skips the test where transformers is older."""
+    if version > _VERSION:
+        pytest.skip(f"{what} needs transformers >= {version}, installed is {hf.__version__}")
+
+
 @lru_cache
 def tiny(family: str) -> Any:
     """A random model of a family, float32, in evaluation mode; skips the test where transformers is too old for it."""
-    needed = _SINCE.get(family, (5, 10))
-    if needed > _VERSION:
-        pytest.skip(f"{family} needs transformers >= {needed}, installed is {hf.__version__}")
+    need_transformers(_SINCE.get(family, (5, 10)), family)
     config = _config(family)
     config.get_text_config().pad_token_id = PAD
     with torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hf_models as hf
+import hf_torchvision  # noqa: F401
 import numpy as np
 import pytest
 import torch
