@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 DATA = Path(__file__).parent / "data"
 
@@ -30,3 +33,23 @@ def check_every_instruction_set(script: str) -> None:
         found[name] = digest
     assert "baseline" in found
     assert len(set(found.values())) == 1, found
+
+
+def check_fork(call: Callable[[], int]) -> None:
+    """After the op has run on two threads a forked child can run it too, and finds the same.
+
+    What `call` leaves to torch must be small enough for one thread: torch's OpenMP does not survive a fork.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wanted = call()
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+        child = context.Process(target=lambda: answers.put(call()), daemon=True)
+        child.start()
+    finally:
+        torch.set_num_threads(before)
+    child.join(120)  # a slow machine is no failure
+    assert child.exitcode == 0, "None: it hangs"
+    assert answers.get() == wanted

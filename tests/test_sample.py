@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from common import check_every_instruction_set
+from common import check_every_instruction_set, check_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -453,20 +452,8 @@ def test_result_does_not_depend_on_threads(threads):
     assert torch.equal(grad, grad_alone)
 
 
-def _in_child(queue):  # small enough that torch itself stays on one thread: its OpenMP does not survive a fork
-    queue.put(ck.gumbel_topk(torch.zeros(90, 300), 9, num_samples=9, seed=1).indices.sum().item())
-
-
 def test_fork_after_an_op_does_not_hang():
-    torch.set_num_threads(2)
-    expected = ck.gumbel_topk(torch.zeros(90, 300), 9, num_samples=9, seed=1).indices.sum().item()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue,))
-    child.start()
-    assert queue.get(timeout=20) == expected
-    child.join(20)
-    assert child.exitcode == 0
+    check_fork(lambda: int(ck.gumbel_topk(torch.zeros(90, 300), 9, num_samples=9, seed=1).indices.sum()))
 
 
 ISA_SCRIPT = """

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from common import check_every_instruction_set, golden
+from common import check_every_instruction_set, check_fork, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -534,20 +533,8 @@ def test_result_does_not_depend_on_threads(threads):
     assert same(*both(tokens, frames, keep_ratio=0.2))
 
 
-def _in_child(queue):
-    queue.put(int(ck.select_tokens(torch.ones(500, 64), keep_ratio=0.5).indices.sum()))
-
-
 def test_fork_after_an_op_does_not_hang():
-    torch.set_num_threads(2)
-    expected = int(ck.select_tokens(torch.ones(500, 64), keep_ratio=0.5).indices.sum())
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue,))
-    child.start()
-    assert queue.get(timeout=20) == expected
-    child.join(20)
-    assert child.exitcode == 0
+    check_fork(lambda: int(ck.select_tokens(torch.ones(500, 64), keep_ratio=0.5).indices.sum()))
 
 
 ISA_SCRIPT = """
