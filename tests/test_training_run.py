@@ -203,7 +203,7 @@ def test_killed_at_random_it_goes_on_bit_for_bit(kills, uninterrupted, tmp_path)
     step_seconds = drawn / np.median([record["combinations_per_second"] for record in read_log(uninterrupted)])
     rng, progress = np.random.default_rng(kills), [0]
     for kill in range(kills):
-        (process,) = start(config)
+        (process,) = start(config, until=progress[-1] + (config.max_steps - 1) // kills)
         if kill % 4 != 3:  # the others die before they are ready
             while len(read_log(tmp_path)) <= progress[-1] and process.is_alive():
                 time.sleep(0.005)

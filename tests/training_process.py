@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -15,6 +16,8 @@ from typing import Any
 from training_toy import BRIGHT, ToyRows, toy_model
 
 from cacovid_kernels.training.config import TrainConfig
+from cacovid_kernels.training.log import read_log
+from cacovid_kernels.training.rewards import Attempts, Reward
 
 ROWS = 16
 
@@ -23,8 +26,13 @@ def _default() -> None:
     """What the trainer makes for itself."""
 
 
-def start(config: TrainConfig, processes: int = 1, accelerator: Callable[[], Any] = _default) -> list[BaseProcess]:
-    """Start a run on the toy data in so many processes, which one server forks: they start in no time."""
+def start(
+    config: TrainConfig, processes: int = 1, accelerator: Callable[[], Any] = _default, until: int | None = None
+) -> list[BaseProcess]:
+    """Start a run on the toy data in so many processes, which one server forks: they start in no time.
+
+    After step `until` it stands still, however late the test is to kill it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_process", "training_preload"])
     with _path_of_tests():
@@ -32,7 +40,7 @@ def start(config: TrainConfig, processes: int = 1, accelerator: Callable[[], Any
     port = _free_port()
     started = []
     for rank in range(processes):
-        process = context.Process(target=_run, args=(config, rank, processes, port, accelerator))
+        process = context.Process(target=_run, args=(config, rank, processes, port, accelerator, until))
         process.start()
         started.append(process)
     return started
@@ -46,7 +54,9 @@ def finish(processes: list[BaseProcess]) -> None:
     assert codes == [0] * len(processes), codes
 
 
-def _run(config: TrainConfig, rank: int, processes: int, port: int, accelerator: Callable[[], Any]) -> None:
+def _run(
+    config: TrainConfig, rank: int, processes: int, port: int, accelerator: Callable[[], Any], until: int | None
+) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if processes > 1:
         os.environ |= {
@@ -55,7 +65,17 @@ def _run(config: TrainConfig, rank: int, processes: int, port: int, accelerator:
         }  # fmt: skip
     from training_preload import Trainer
 
-    Trainer(config, toy_model(), ToyRows(ROWS), reward=BRIGHT, accelerator=accelerator()).train()
+    reward = BRIGHT if until is None else _bright_until(until, config.output)
+    Trainer(config, toy_model(), ToyRows(ROWS), reward=reward, accelerator=accelerator()).train()
+
+
+def _bright_until(step: int, output: str) -> Reward:
+    def bright(attempts: Attempts) -> Any:
+        while len(read_log(output)) >= step:
+            time.sleep(0.01)
+        return BRIGHT.function(attempts)
+
+    return Reward(bright, bright)
 
 
 @contextmanager
