@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,29 @@ def test_build_needs_no_torch():
         for name in node.names
     }
     assert "torch" not in imported
+
+
+def test_an_sdist_has_what_a_build_needs(tmp_path):
+    """Of a copy without what builds leave, as setuptools takes along the list of files that an earlier one left."""
+    copy = tmp_path / "copy"
+    leavings = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("cacovid_kernels", "csrc", "python", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=leavings)
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, copy)
+    script = f"from setuptools import build_meta\nbuild_meta.build_sdist({str(tmp_path)!r})"
+    run = subprocess.run([sys.executable, "-c", script], cwd=copy, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = set(re.findall(r"\b(?:csrc|python)/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    assert len(listed) > 30
+    assert listed <= names, listed - names
+    folders = ("cacovid_kernels", "csrc/include", "csrc/cpu", "csrc/cuda", "python")
+    files = {str(p.relative_to(copy)) for folder in folders for p in (copy / folder).rglob("*") if p.is_file()}
+    assert files | {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= names, files - names
+    assert not [name for name in names if name.startswith(("tests/", "csrc/tests/")) or name.endswith(".so")]
 
 
 def test_stub_names_exactly_what_the_module_has():
