@@ -23,7 +23,16 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_processes import begin, environment, find_tool, import_folders, run, stop
+from gpu_processes import (
+    begin,
+    environment,
+    find_tool,
+    import_folders,
+    native_sources,
+    no_emulated_kernels,
+    run,
+    stop,
+)
 
 if TYPE_CHECKING:
     from gpu_device import Device
@@ -42,8 +51,7 @@ def build(dry: bool) -> None:
     change what other tests are just using.
     """
     module = ROOT / "cacovid_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*"), *(ROOT / "python").glob("*.*")]
-    if module.exists() and (dry or module.stat().st_mtime > max(path.stat().st_mtime for path in sources)):
+    if module.exists() and (dry or module.stat().st_mtime > max(path.stat().st_mtime for path in native_sources())):
         print(f"built already: {module.relative_to(ROOT)}")
         return
     start, work = time.monotonic(), ROOT / "build" / "gpu"
@@ -250,6 +258,8 @@ def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # a run that is cut shall have said what it did
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # triton decides at its first import
+        if reason := no_emulated_kernels():
+            print(f"no CUDA kernels: {reason}")
     sys.path[:0] = [*import_folders(options.dry_run), str(ROOT / "bench")]
     build(options.dry_run)
 

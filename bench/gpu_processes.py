@@ -14,10 +14,33 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 
 
+EMULATED = ROOT / "build" / "emulated"
+
+
+def native_sources() -> list[Path]:
+    """What the native module is built from."""
+    return [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*"), *(ROOT / "python").glob("*.*")]
+
+
+def no_emulated_kernels() -> str:
+    """Why a dry run has no CUDA kernels on the CPU; empty where tests/cuda/emulate.py has built what is in the sources.
+
+    Its package is links to the checkout's Python files: those are never old, but one of them may be missing.
+    """
+    built, package = EMULATED / "built", EMULATED / "cacovid_kernels"
+    if not built.exists():
+        return "there is no build/emulated: run `make emulated`"
+    newest = max(native_sources(), key=lambda path: path.stat().st_mtime)
+    if newest.stat().st_mtime > built.stat().st_mtime:
+        return f"build/emulated is older than {newest.relative_to(ROOT)}: run `make emulated`"
+    names = {path.name for path in (ROOT / "cacovid_kernels").iterdir() if path.suffix != ".so"} - {"__pycache__"}
+    missing = sorted(name for name in names if not (package / name).exists())
+    return f"build/emulated lacks {', '.join(missing)}: run `make emulated`" if missing else ""
+
+
 def import_folders(dry: bool) -> list[str]:
     """This checkout; in a dry run before it the package with emulated CUDA kernels, if `make test` has built it."""
-    emulated = ROOT / "build" / "emulated"
-    return [*([str(emulated)] if dry and (emulated / "cacovid_kernels").exists() else []), str(ROOT)]
+    return [*([str(EMULATED)] if dry and not no_emulated_kernels() else []), str(ROOT)]
 
 
 def environment(dry: bool, **extra: str) -> dict[str, str]:

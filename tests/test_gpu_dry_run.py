@@ -16,9 +16,11 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
+from gpu_processes import no_emulated_kernels  # noqa: E402
+
 PARTS = ("tests", "bench", "sanitize", "profile")
-# Emulated, where `make test` has built that.
-BACKENDS = ["triton", *(["cuda"] if (ROOT / "build" / "emulated" / "cacovid_kernels").exists() else [])]
+NO_CUDA = no_emulated_kernels()
+BACKENDS = ["triton"] if NO_CUDA else ["triton", "cuda"]
 environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
@@ -80,6 +82,12 @@ def test_bench(runs):
         assert row["us"].keys() == {"graph_warm", "graph_cold", "eager_warm", "eager_cold"}
         assert row["fraction_of_bound"] > 0
     assert {row["verdict"] for row in rows if row["family"] == "gate"} <= {"dry run", "not measured"}
+
+
+@pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA)
+def test_cuda_kernels_took_part(runs):
+    contestants = {row.get("contestant") for row in rows_of(runs, "bench")}
+    assert "ours, cuda" in contestants
 
 
 def test_sanitize_and_profile(runs):
