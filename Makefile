@@ -10,6 +10,8 @@ OLDEST_TRITON := 3.6.0
 OLDEST_TRANSFORMERS := 5.10.4
 # The one for torch of requirements-dev.txt.
 TORCHVISION := 0.28.0
+# kvpress wants an older transformers than ours: an environment of its own.
+KVPRESS := torch==2.13.0 triton==3.9.0 kvpress==0.5.5 pytest hypothesis
 # KiB: 5 MB.
 WHEEL_LIMIT := 4882
 # Benchmarks that run in processes of their own; the results of all others are cpu.jsonl.
@@ -93,8 +95,11 @@ sanitize: $(VENV)/.installed  ## run the C++ suite, CUDA kernels among it, under
 wheel: $(VENV)/.installed  ## build the wheel as pip does, without torch, and check its size
 	$(call timed,wheel,$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist . && ls -l dist && ! find dist -name '*.whl' -size +$(WHEEL_LIMIT)k | grep .)
 
-nightly: emulated build/triton-$(OLDEST_TRITON)  ## the slow checks: exhaustive and statistical, every planted bug
-	$(call timed,nightly,$(PY) -m pytest tests -m nightly && PYTHONPATH=build/emulated $(BIN)/pytest tests/cuda -m nightly && $(PY) tests/triton/mutate.py && $(PY) tests/cuda/mutate.py && PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) tests/triton/aot.py 80 100)
+build/kvpress/.installed: Makefile
+	$(call timed,creating build/kvpress,$(PYTHON) -m venv build/kvpress && build/kvpress/bin/python -m pip install -q --disable-pip-version-check $(KVPRESS) && touch $@)
+
+nightly: emulated build/triton-$(OLDEST_TRITON) build/kvpress/.installed  ## the slow checks: exhaustive and statistical, every planted bug, kvpress itself
+	$(call timed,nightly,$(PY) -m pytest tests -m nightly && PYTHONPATH=. build/kvpress/bin/python -m pytest tests/test_integrations_kvpress.py && PYTHONPATH=build/emulated $(BIN)/pytest tests/cuda -m nightly && $(PY) tests/triton/mutate.py && $(PY) tests/cuda/mutate.py && PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PY) tests/triton/aot.py 80 100)
 
 doctor: $(VENV)/.built  ## say what is built and which backends work
 	$(PY) -m cacovid_kernels doctor
