@@ -189,6 +189,7 @@ def test_images_alone_stay_whole(family):
         with compress(model, scores, keep_ratio=0.25) as compression:
             assert torch.equal(model.generate(**given, **GREEDY), plain)
         assert compression.kept == ()
+        assert prune_inputs(model, given, scores, keep_ratio=0.25)["attention_mask"].shape == without["input_ids"].shape
 
 
 def test_one_block_at_a_time():

@@ -81,6 +81,8 @@ def choose(
     `scores` `[N]` of the language model stand in for a selector that is None.
     """
     grid = prompt.grid_thw
+    if not grid:  # images alone
+        return prompt.tokens, ()
     counts = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
     kept = check_counts(prompt, keep_ratio, num_tokens)
     frames, options = None, {"check": "raise", **options}
