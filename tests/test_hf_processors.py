@@ -33,6 +33,11 @@ def model_of(family):
     return ProcessedModel(hf.tiny(family), processor(family))
 
 
+def without_notes(inputs):
+    """What the untouched model takes."""
+    return {name: value for name, value in inputs.items() if name != "visuals"}
+
+
 def loudest(embeddings, grid_thw):
     return embeddings.norm(dim=-1)
 
@@ -44,7 +49,7 @@ def test_what_a_processor_returns_is_compacted(family):
     text = model.tokenizer.decode(inputs["input_ids"][0])
     assert QUESTION in text
     assert text.endswith(("assistant:", "Assistant:"))
-    plain = model.network.generate(**inputs, max_new_tokens=5, do_sample=False)
+    plain = model.network.generate(**without_notes(inputs), max_new_tokens=5, do_sample=False)
     with compress(model.network, loudest, keep_ratio=1.0):
         assert torch.equal(model.network.generate(**inputs, max_new_tokens=5, do_sample=False), plain)
     with compress(model.network, loudest, keep_ratio=0.25) as compression:
@@ -86,7 +91,7 @@ def test_folders_are_loaded(family, tmp_path):
     model = load_model(str(tmp_path))
     assert isinstance(model, LlavaOneVision if family == "llava_onevision" else ProcessedModel)
     inputs = model.inputs(FRAMES, QUESTION)
-    assert model.network(**inputs).logits.isfinite().all()
+    assert model.network(**without_notes(inputs)).logits.isfinite().all()
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"model: .*") as caught:
         load_model(str(tmp_path))
@@ -107,3 +112,22 @@ def test_the_demo_runs_a_folder(family, tmp_path):
         repeats=1,
     )
     assert pipeline.run(options, tmp_path, Progress()).agreement.holds
+
+
+@pytest.mark.parametrize("family", ["internvl", "smolvlm", "llava_onevision"])
+def test_a_video_of_one_frame(family):
+    model = model_of(family)
+    prompt = encode(
+        model, Sample("clip", FRAMES[:1], QUESTION, "me", TIMES[:1]), TrainConfig(output="", keep_ratio=0.5)
+    )
+    assert prompt.grid == (1, 2, 2)
+
+
+def test_a_question_with_a_placeholder_is_refused_in_one_line(tmp_path):
+    hf.tiny("qwen2_5_vl").save_pretrained(tmp_path / "model")
+    processor("qwen2_5_vl").save_pretrained(tmp_path / "model")
+    video = encode_clip(tmp_path / "clip.mp4", frames=4, size=(16, 16))
+    options = pipeline.Options(video=video, question="what is <|video_pad|>?", model=str(tmp_path / "model"))
+    with pytest.raises(UserError, match="question: the model cannot be asked it: ") as caught:
+        pipeline.run(options, tmp_path, Progress())
+    assert "\n" not in str(caught.value)

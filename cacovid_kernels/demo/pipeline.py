@@ -152,9 +152,12 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
 
     with progress.stage("warm up"):  # so that no stage pays for loading kernels
         _warm_up(model, adapter, policy, clip, options)
-    inputs = model.inputs(clip.frames, scene.question, clip.timestamps)
-    with progress.stage("vision tower"), meter.stage(BOTH, "vision tower"):
-        prompt = read(network, adapter, inputs)
+    try:
+        inputs = model.inputs(clip.frames, scene.question, clip.timestamps)
+        with progress.stage("vision tower"), meter.stage(BOTH, "vision tower"):
+            prompt = read(network, adapter, inputs)
+    except ValueError as error:
+        raise UserError(f"question: the model cannot be asked it: {str(error).splitlines()[0]}") from None
     whole, _ = compact(prompt, *all_tokens(prompt))
     for _ in range(options.repeats):
         with progress.stage("generate, full prompt") as advance:

@@ -11,6 +11,7 @@ import transformers
 
 from cacovid_kernels.errors import UserError
 from cacovid_kernels.integrations.transformers.registry import adapter_of
+from cacovid_kernels.integrations.transformers.tiles import TiledAdapter
 from cacovid_kernels.video_models.base import loading
 
 
@@ -37,7 +38,10 @@ class ProcessedModel:
             return_tensors="pt",
             processor_kwargs={"do_sample_frames": False, "video_metadata": [metadata(times)]},
         )
-        return dict(inputs.to(self.network.device, self.network.dtype))
+        found = dict(inputs.to(self.network.device, self.network.dtype))
+        if isinstance(adapter_of(self.network), TiledAdapter):  # which takes a single tile for an image
+            found["visuals"] = [("video", len(frames))]
+        return found
 
 
 def metadata(timestamps: Sequence[float], duration: float | None = None) -> dict[str, Any]:
