@@ -102,3 +102,12 @@ def test_fastv_counts_video_tokens_alone():
         fastv(query, keys, mask, 5)
     keys[0, 4] = math.nan
     assert len(set(fastv(query, keys, mask, 3).tolist())) == 3
+
+
+def test_fastv_compiles_and_maps():
+    mask = torch.tensor([0, 1, 1, 0, 1, 1, 0]).bool()
+    query, keys = torch.randn(3, 4, 8), torch.randn(3, 2, 7, 8)
+    wanted = torch.stack([fastv(q, k, mask, 2) for q, k in zip(query, keys, strict=True)])
+    compiled = torch.compile(fastv, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(query[0], keys[0], mask, 2), wanted[0])
+    assert torch.equal(torch.vmap(lambda q, k: fastv(q, k, mask, 2))(query, keys), wanted)

@@ -181,6 +181,21 @@ def test_other_kinds_of_models_are_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_cannot_be_served_is_one_line(video, tmp_path, monkeypatch):
+    class Refusing:
+        network = tiny_model(SMALL).network
+
+        def inputs(self, *_):
+            raise ValueError("height 8 must be larger than 28\nmore")
+
+    monkeypatch.setattr(pipeline, "load_model", lambda name: Refusing())
+    with pytest.raises(UserError, match=r"^model: height 8 must be larger than 28$"):
+        pipeline.run(pipeline.Options(video=video, model="any"), tmp_path, Progress())
+    Refusing.network.config.text_config.layer_types = ["sliding_attention"]
+    with pytest.raises(UserError, match=r"^model: .*sliding_attention"):
+        pipeline.run(pipeline.Options(video=video, model="any"), tmp_path, Progress())
+
+
 def test_outputs_appear_together_or_not_at_all(tmp_path):
     out = tmp_path / "a" / "b"
     with pytest.raises(RuntimeError), files.staged(out) as folder:  # noqa: PT012

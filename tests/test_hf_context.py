@@ -131,7 +131,7 @@ class Watch(transformers.generation.streamers.BaseStreamer):
     def __init__(self):
         self.seen, self.pieces = [], []
 
-    def __call__(self, ids, scores, **named):
+    def __call__(self, ids, scores):
         self.seen.append(ids.clone())
         return scores
 
@@ -168,6 +168,78 @@ def test_what_looks_at_ids_sees_whole_prompts(stage, selector):
     assert torch.equal(streams.pieces[0], inputs["input_ids"])
     assert [int(piece) for piece in streams.pieces[1:-1]] == ids[0, length:].tolist()
     assert streams.pieces[-1] is None
+
+
+def test_what_transformers_knows_by_its_type_stays_what_it_is():
+    """One's own setting replaces the default, rows that have ended are padded, what is given twice runs once."""
+    generation, model = transformers.generation, fresh()[0]
+    inputs = hf.batch("llava_onevision", hf.RAGGED).inputs
+    length = inputs["input_ids"].shape[1]
+    first = model.generate(**inputs, **GREEDY)[0, length + 1]
+    counts = []
+    twice = lambda ids, scores: counts.append(len(ids)) or scores  # noqa: E731
+    options = {
+        "repetition_penalty": 5.0,
+        "logits_processor": [generation.RepetitionPenaltyLogitsProcessor(1.0001), twice, twice],
+        "stopping_criteria": generation.StoppingCriteriaList(
+            [generation.EosTokenCriteria(int(first)), generation.MaxLengthCriteria(length + 6)]
+        ),
+    }
+    wanted = model.generate(**inputs, **GREEDY, **options)
+    called = len(counts)
+    with compress(model, scores, keep_ratio=1.0):
+        assert torch.equal(model.generate(**inputs, **GREEDY, **options), wanted)
+    assert len(counts) == 2 * called
+    with compress(model, scores, keep_ratio=0.5):
+        assert model.generate(**inputs, **GREEDY, **options).shape[1] <= length + 6
+    assert (wanted[0] == hf.PAD).sum() > (inputs["input_ids"][0] == hf.PAD).sum()
+
+
+@pytest.mark.parametrize(("stage", "selector"), STAGES)
+def test_none_in_the_call_overrules_the_settings_of_the_model(stage, selector):
+    model, inputs = fresh()
+    length = inputs["input_ids"].shape[1]
+    model.generation_config.max_new_tokens, model.generation_config.cache_implementation = 30, "static"
+    ids = answer(model, inputs, stage, selector, max_new_tokens=None, max_length=length + 5, cache_implementation=None)
+    assert ids.shape[1] == length + 5
+
+
+def test_a_dynamic_cache_by_name():
+    model, inputs = fresh()
+    wanted = answer(model, inputs, "kv")
+    assert torch.equal(answer(model, inputs, "kv", cache_implementation="dynamic"), wanted)
+    model.generation_config.cache_implementation = "dynamic"
+    assert torch.equal(answer(model, inputs, "kv"), wanted)
+
+
+def test_arguments_without_a_name():
+    model, inputs = fresh()
+    watch, ids = Watch(), inputs["input_ids"]
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with compress(model, scores, keep_ratio=0.5):
+        model.generate(ids, None, [watch], **others, **GREEDY)
+    assert watch.seen[0].shape == ids.shape
+    outer = Wrapper(model, says_so=True)
+    with compress(outer, scores, keep_ratio=0.5), pytest.raises(ValueError, match="Name all but the first two"):
+        outer.generate(ids, None, [watch], **others)
+
+
+def test_a_streamer_of_several_samples():
+    model, inputs = fresh()
+    watch = Watch()
+    answer(model, inputs, do_sample=True, num_return_sequences=2, streamer=watch)
+    assert watch.pieces[0].shape == (2, inputs["input_ids"].shape[1])
+
+
+def test_a_copy_made_inside_the_block():
+    model = fresh()[0]
+    with compress(model, scores, keep_ratio=0.5):
+        other = copy.deepcopy(model)
+    with (
+        pytest.raises(ValueError, match=r"was copied in the block .* del model\.generate"),
+        compress(other, scores, keep_ratio=0.5),
+    ):
+        pass
 
 
 def test_criteria_of_beams_see_the_prompts_of_their_rows():
@@ -217,6 +289,8 @@ def test_what_is_refused():
         refused("the prompt is given twice", stage=stage, inputs=inputs["input_ids"])
         refused("encoder_repetition_penalty is set, but it reads the ids", stage=stage, encoder_repetition_penalty=1.3)
         refused("encoder_no_repeat_ngram_size is set", stage=stage, encoder_no_repeat_ngram_size=2)
+        neutral = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+        answer(*fresh(), stage, **neutral)
 
 
 def test_layers_that_count_tokens_are_refused():
@@ -226,6 +300,10 @@ def test_layers_that_count_tokens_are_refused():
         prune_inputs(model, inputs, scores, keep_ratio=0.5)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="sliding_attention"), compress(model, scores, keep_ratio=0.5):
+        pass
+    text = model.config.get_text_config()
+    text.layer_types, text.sliding_window = None, 8  # as Mistral says it
+    with pytest.raises(ValueError, match="sliding_window"), compress(model, scores, keep_ratio=0.5, stage="kv"):
         pass
 
 

@@ -46,6 +46,6 @@ def test_questions_and_answers_are_words_of_the_model(model):
 
 
 def test_a_step_in_the_world(model, tmp_path):
-    config = toy_config(tmp_path, keep_ratio=0.1, max_keep_ratio=0.12, max_steps=1, save_every=1)
+    config = toy_config(tmp_path, keep_ratio=0.1, min_keep_ratio=0.05, max_keep_ratio=0.12, max_steps=1, save_every=1)
     Trainer(config, model, WorldRows()).train()
     assert read_log(tmp_path)[0]["kept_ratio"] == pytest.approx(4 * 8 / 288, abs=0.03)

@@ -22,6 +22,12 @@ def without_odd(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.masked_fill(odd[..., None], 0.0), odd
 
 
+def can_be_read(x: Tensor) -> bool:
+    """Whether the values of `x` are at hand: on the CPU, and no tracer's or transform's."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.device.type == "cpu" and not traced
+
+
 def check_count(op: str, num_tokens: int, available: int) -> None:
     """`num_tokens` is a number of tokens that the video has."""
     if not 0 <= num_tokens <= available:

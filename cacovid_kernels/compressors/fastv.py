@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cacovid_kernels.compressors._keep import check_count, keep_largest
+from cacovid_kernels.compressors._keep import can_be_read, check_count, keep_largest
 from cacovid_kernels.ops.attention import attention_scores
 
 
@@ -41,7 +41,7 @@ def fastv(query: Tensor, keys: Tensor, video_mask: Tensor, num_tokens: int) -> T
             f"fastv: query [..., H, D], keys [..., K, L, D] and video_mask [..., L] must fit "
             f"(query: {list(query.shape)}, keys: {list(keys.shape)}, video_mask: {list(video_mask.shape)})."
         )
-    if video_mask.device.type == "cpu":
+    if can_be_read(video_mask):
         check_count("fastv", num_tokens, int(video_mask.sum(-1).min()) if video_mask.numel() else 0)
     lead, prompt = query.shape[:-2], keys.shape[-2]
     attention = attention_scores(

@@ -18,7 +18,7 @@ from cacovid_kernels.demo.render import render_clip, write_lossless
 from cacovid_kernels.demo.report import Progress
 from cacovid_kernels.demo.world import MODEL, POLICY
 from cacovid_kernels.demo.world.rows import WORLD, WorldRows
-from cacovid_kernels.errors import UserError
+from cacovid_kernels.errors import UserError, first_line, refusing
 from cacovid_kernels.integrations.transformers.adapter import Adapter
 from cacovid_kernels.integrations.transformers.prompt import Prompt, all_tokens, read
 from cacovid_kernels.integrations.transformers.prune import Compacted, arguments, compact
@@ -148,16 +148,16 @@ def run(options: Options, folder: Path, progress: Progress) -> Result:
         model = _model(options)
         network = model.network
         network.to(device, _dtype(options.dtype, device, network.dtype))
-        adapter, policy = adapter_of(network), _policy(options, network)
+        with refusing("model", ValueError, RuntimeError):
+            adapter = adapter_of(network)
+        policy = _policy(options, network)
 
-    with progress.stage("warm up"):  # so that no stage pays for loading kernels
+    with progress.stage("warm up"), refusing("model", ValueError):  # so that no stage pays for loading kernels
         _warm_up(model, adapter, policy, clip, options)
-    try:
+    with refusing("question: the model cannot be asked it", ValueError):
         inputs = model.inputs(clip.frames, scene.question, clip.timestamps)
         with progress.stage("vision tower"), meter.stage(BOTH, "vision tower"):
             prompt = read(network, adapter, inputs)
-    except ValueError as error:
-        raise UserError(f"question: the model cannot be asked it: {str(error).splitlines()[0]}") from None
     whole, _ = compact(prompt, *all_tokens(prompt))
     for _ in range(options.repeats):
         with progress.stage("generate, full prompt") as advance:
@@ -243,7 +243,7 @@ def _policy(options: Options, network: Any) -> CompressionPolicy:
     try:
         policy = CompressionPolicy.from_pretrained(folder, dtype=network.dtype, device=network.device)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"policy: {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"policy: {folder} cannot be loaded: {first_line(error)}") from None
     width = network.config.get_text_config().hidden_size
     if policy.config.hidden_size != width:
         raise UserError(

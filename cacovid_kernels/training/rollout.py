@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cacovid_kernels._masks import masked_positions
-from cacovid_kernels.errors import UserError
+from cacovid_kernels.errors import UserError, first_line
 from cacovid_kernels.integrations.transformers.adapter import Adapter
 from cacovid_kernels.integrations.transformers.prompt import read
 from cacovid_kernels.integrations.transformers.prune import Flat, flat, take
@@ -85,8 +85,7 @@ def _refusing(sample: Sample) -> Iterator[None]:
     try:
         yield
     except (UserError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadRowError(f"{sample.name}: {reason[0]}") from None
+        raise BadRowError(f"{sample.name}: {first_line(error)}") from None
 
 
 def policy_batch(prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from cacovid_kernels._decoder import PolicyConfig
 from cacovid_kernels._safetensors import WEIGHTS, read_policy_tensors, write_policy_tensors
-from cacovid_kernels.errors import UserError
+from cacovid_kernels.errors import UserError, first_line
 from cacovid_kernels.policy import CompressionPolicy
 from cacovid_kernels.training.checkpoint import (
     checkpoint_folder,
@@ -78,7 +78,7 @@ def first_policy(config: TrainConfig, model: VideoModel) -> CompressionPolicy:
     try:
         policy = CompressionPolicy.from_pretrained(config.policy, device=network.device)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"policy: {config.policy} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"policy: {config.policy} cannot be loaded: {first_line(error)}") from None
     width = network.config.get_text_config().hidden_size
     if policy.config.hidden_size != width:
         found = policy.config.hidden_size

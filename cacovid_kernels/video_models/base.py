@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cacovid_kernels.errors import UserError
+from cacovid_kernels.errors import UserError, first_line
 
 
 class VideoModel(Protocol):
@@ -48,5 +48,4 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"model: {name} cannot be loaded: {reason[0]} Give a checkpoint folder.") from None
+        raise UserError(f"model: {name} cannot be loaded: {first_line(error)} Give a checkpoint folder.") from None

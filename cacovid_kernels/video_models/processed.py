@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from cacovid_kernels.errors import UserError
+from cacovid_kernels.errors import refusing
 from cacovid_kernels.integrations.transformers.registry import adapter_of
 from cacovid_kernels.integrations.transformers.tiles import TiledAdapter
 from cacovid_kernels.video_models.base import loading
@@ -69,8 +69,6 @@ def load_processed(name: str) -> ProcessedModel:
     with loading(name):
         network = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
         processor = transformers.AutoProcessor.from_pretrained(name)
-    try:
+    with refusing(f"model: {name}", ValueError, RuntimeError):
         adapter_of(network)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"model: {name}: {error}") from None
     return ProcessedModel(network, processor)

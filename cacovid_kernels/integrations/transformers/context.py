@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,7 @@ _REFUSED = {
     "encoder_no_repeat_ngram_size": _BY_IDS,
     "prefill_chunk_size": "chunks are cut from the ids, not from the embeddings of a compressed prompt",
 }
+_NEUTRAL = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 _MADE = ("inputs_embeds", "position_ids", "mm_encoder_outputs", "labels")
 _PROMPT = VISION_INPUTS | {"attention_mask", "input_ids"}
 
@@ -46,11 +48,13 @@ class Compression:
         inputs: arguments the last `generate` ran on, as `prune_inputs` returns them (for `next_turn`); None before.
             With `stage="kv"` only `attention_mask [B, L']` and `position_ids`, of what its cache kept of the prompts.
         kept: kept tokens per video of the last `generate`.
+        active: whether its block is still open.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, Any] | None = None
         self.kept: tuple[int, ...] = ()
+        self.active = True
 
 
 @contextmanager
@@ -106,13 +110,17 @@ def compress(
     else:
         raise ValueError(f"{_OP}: stage='prefill' needs a selector, nothing has attended yet. Or pass stage='kv'.")
     if hasattr(model.generate, "compression"):
-        raise ValueError(f"{_OP}: this model is in the block of another compress. Leave that one first.")
+        where = "is in the block of another compress. Leave that one first"
+        if not model.generate.compression.active:
+            where = "was copied in the block of another compress. Give it its own: del model.generate"
+        raise ValueError(f"{_OP}: this model {where}.")
     original, state = model.generate, Compression()
 
     @functools.wraps(original)
     def generate(inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(adapter.pixels) is None:
             return original(inputs, generation_config, *args, **kwargs)
+        kwargs |= _by_name(original, args)
         settings = _Settings(kwargs, generation_config, inner.generation_config)
         _check_mode(settings, inputs, kwargs)
         given = {name: kwargs[name] for name in kwargs if name in _PROMPT}
@@ -121,7 +129,8 @@ def compress(
         with torch.no_grad():
             prompt = read(inner, adapter, given, {name: settings[name] for name in ("pad_token_id", "eos_token_id")})
             if not prompt.grid_thw:  # frames and images look alike until now
-                return original(inputs, generation_config, *args, **_without_notes(kwargs))
+                state.inputs, state.kept = None, ()
+                return original(inputs, generation_config, **_without_notes(kwargs))
             check_counts(prompt, keep_ratio, num_tokens)
             choice = functools.partial(choose, selector, prompt, keep_ratio, num_tokens, budget, options)
             every = all_tokens(prompt)
@@ -137,7 +146,7 @@ def compress(
         if stage == "prefill":
             state.inputs, state.kept = made, compacted.lengths
             del prompt, choice, compacted  # embeddings and features at full length, larger than the cache to come
-            out = original(None, generation_config, *args, **named)
+            out = original(None, generation_config, **named)
         else:
             cache = own_cache(settings)
             attention = adapter.last_attention(inner) if selector is None else None
@@ -145,7 +154,8 @@ def compress(
                 prompt, compacted, choice if selector is None else lambda _: chosen, attention, cache
             )
             with cached.hooks(inner):
-                out = original(None, generation_config, *args, **{**named, "past_key_values": cache})
+                own_one = {"past_key_values": cache, "cache_implementation": None}
+                out = original(None, generation_config, **{**named, **own_one})
             if cached.inputs is None:
                 raise RuntimeError(
                     f"{_OP}: stage='kv' saw no call of {type(inner).__name__}, so nothing was dropped: its generate "
@@ -164,29 +174,37 @@ def compress(
     try:
         yield state
     finally:
+        state.active = False
         if own is None:
             del model.generate
         else:
             model.generate = own
 
 
+def _by_name(function: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments behind the first two of `generate`, by their names."""
+    names = list(inspect.signature(function).parameters)[2 : 2 + len(args)]
+    if len(names) < len(args):
+        raise ValueError(f"{_OP}: generate got {2 + len(args)} arguments without a name. Name all but the first two.")
+    return dict(zip(names, args, strict=True))
+
+
 class _Settings:
     """Settings of a call of `generate`: its arguments, then its config, then the model's."""
 
-    def __init__(self, *sources: Any) -> None:
-        self._sources = sources
+    def __init__(self, call: dict[str, Any], *configs: Any) -> None:
+        self._sources = call, *configs
 
     def __getitem__(self, name: str) -> Any:
-        for source in self._sources:
-            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-            if value is not None:
-                return value
-        return None
+        call, *configs = self._sources
+        if name in call:  # None among them: it overrules the configs
+            return call[name]
+        return next((x for x in (getattr(config, name, None) for config in configs) if x is not None), None)
 
 
 def _check_mode(settings: _Settings, inputs: Any, kwargs: dict[str, Any]) -> None:
     for name, reason in _REFUSED.items():
-        if settings[name] is not None:
+        if settings[name] not in (None, _NEUTRAL.get(name)):
             raise ValueError(f"{_OP}: {name} is set, but {reason}. Leave it out.")
     for name in _MADE:
         if kwargs.get(name) is not None:

@@ -77,7 +77,7 @@ def read(model: Any, adapter: Adapter, inputs: Mapping[str, Any], settings: Mapp
     if adapter.pixel_axes:
         check_axes(adapter.pixels, inputs[adapter.pixels], adapter.pixel_axes)
     host_ids = ids.cpu()
-    mask = _mask(inputs, host_ids, vars(model.generation_config) if settings is None else settings)
+    mask = _mask(inputs, host_ids, vars(model.generation_config or model.config) if settings is None else settings)
     _check(inputs, host_ids, mask)
     adapter.check_inputs(model, inputs, host_ids)
     encoded = adapter.encode(model, inputs)
@@ -139,7 +139,7 @@ def _mask(inputs: Mapping[str, Any], ids: Tensor, settings: Mapping[str, Any]) -
         return mask.long()
     pad, ends = settings.get("pad_token_id"), settings.get("eos_token_id")
     # Where padding and the end of a text are the same token, generate takes all tokens for real ones.
-    if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+    if pad is None or (ends is not None and int(pad) in torch.as_tensor(ends).flatten().tolist()):
         return torch.ones_like(ids)
     return (ids != pad).long()
 
@@ -153,9 +153,11 @@ def _check(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor) -> None:
             )
     if (mask.diff(dim=1) < 0).any():
         row = int((mask.diff(dim=1) < 0).any(1).nonzero()[0])
-        told = "attention_mask" if inputs.get("attention_mask") is not None else "the ids, for want of attention_mask"
+        told, remedy = "attention_mask", ""
+        if inputs.get("attention_mask") is None:
+            told, remedy = "the ids, for want of attention_mask", "Pass that mask, or pad"
         raise ValueError(
-            f"{OP}: row {row} is padded on the right or inside, by {told}. Pad on the left: "
+            f"{OP}: row {row} is padded on the right or inside, by {told}. {remedy or 'Pad'} on the left: "
             f'processor.tokenizer.padding_side = "left".'
         )
     known = VISION_INPUTS | {"input_ids", "attention_mask", "labels"}

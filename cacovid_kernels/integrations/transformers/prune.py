@@ -74,8 +74,8 @@ def prune_inputs(
         budget: "frames" gives each frame a budget (`select_tokens`), the default for a policy; "video" keeps the best
             of the whole video (`topk_tokens`), the default for a function. Compressors have their own.
         options: of `select_tokens` (`importance_ratio`, `max_frame_ratio`, `fill`, `mode`, `check`) or of `topk_tokens`
-            (`check`). `check` is "raise" here: scores that are NaN or +inf are refused. That reads a value on the
-            host, which reads grids and lengths of these prompts anyway; `check="flag"` ranks NaN last instead.
+            (`check`). Without `check` scores that are NaN are refused. That reads a value on the host, which reads
+            grids and lengths of these prompts anyway; `check="flag"` ranks NaN last instead.
 
     Returns:
         Arguments of `model.generate(**out)` and `model(**out)`: `inputs_embeds [B, L', D]` (Qwen3-VL: `input_ids` and

@@ -65,7 +65,12 @@ def adapter_of(model: Any) -> Adapter:
         raise ValueError(
             f"prune_inputs: {type(model).__name__} cannot generate. Pass the ...ForConditionalGeneration model."
         )
-    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        names = ("sliding_window", "attention_chunk_size")
+        kinds = [name for name in names if getattr(text, name, None)]
+    others = set(kinds) - {"full_attention"}
     if others:
         raise ValueError(
             f"prune_inputs: the language model has layers of {sorted(others)}, which count tokens: dropping some would "

@@ -85,7 +85,7 @@ def choose(
         return prompt.tokens, ()
     counts = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
     kept = check_counts(prompt, keep_ratio, num_tokens)
-    frames, options = None, {"check": "raise", **options}
+    frames = None
     if _is_compressor(selector):
         return _compress(selector, prompt.video_embeds, grid, kept), tuple(kept)
     if isinstance(selector, CompressionPolicy):
@@ -93,6 +93,10 @@ def choose(
         scores, frames = found.tokens, found.frames
     elif scores is None:
         scores = _call(selector, prompt)
+    if "check" not in options:
+        odd = sum(int(x.isnan().sum()) for x in (scores, frames) if x is not None)
+        if odd:
+            raise ValueError(f"{OP}: {odd} scores are NaN. Clean them, or pass check='flag', which ranks them last.")
     if _budget_of(selector, budget) == "frames":
         selection = select_tokens(scores, frames, grid, **counts, **options)
     else:

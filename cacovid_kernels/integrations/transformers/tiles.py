@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ class TiledAdapter(Adapter):
             counts = self._frames_of_rows(inputs["input_ids"].cpu() == self.token_id(model, "image"), tile)
             named = [("video" if frames > 1 else "image", frames) for frames in counts]
         items = []
-        for item in named if isinstance(named, (list, tuple)) else [named]:
+        for item in [named] if isinstance(named, str) else named:
             kind, tiles = item if isinstance(item, (list, tuple)) and len(item) == 2 else (None, 0)
-            if kind not in ("video", "image") or not isinstance(tiles, int) or tiles < 1:
+            if kind not in ("video", "image") or not isinstance(tiles, Integral) or tiles < 1:
                 raise ValueError(
                     f'prune_inputs: visuals has the entry {item!r}, each must be ("video", frames) or ("image", tiles).'
                 )
-            items.append(Visual.video((tiles, *grid)) if kind == "video" else Visual.image(tiles * tile))
+            items.append(Visual.video((int(tiles), *grid)) if kind == "video" else Visual.image(int(tiles) * tile))
         return items
 
     def _frames_of_rows(self, placeholders: Tensor, tile: int) -> list[int]:

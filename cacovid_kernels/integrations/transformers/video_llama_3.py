@@ -14,7 +14,7 @@ from cacovid_kernels.integrations.transformers.grids import GriddedAdapter
 class VideoLlama3(GriddedAdapter):
     family = "VideoLLaMA3"
     model_types = ("video_llama_3",)
-    frames_apart = True
+    frames_apart = frames_may_touch = True
 
     def features(self, model: Any, output: Any, modality: str, inputs: Mapping[str, Any]) -> Tensor:
         features = super().features(model, output, modality, inputs)
