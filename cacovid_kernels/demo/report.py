@@ -92,7 +92,7 @@ def _label(stage: str, result: Result) -> str:
         return stage
     # The first token comes out of the prefill.
     full, short = (len(result.generated[run]) - 1 for run in ("full", "compressed"))
-    return f"decode {full} tokens" if full == short else f"decode {full} | {short} tokens"
+    return f"decode {full} token{'s' * (full != 1)}" if full == short else f"decode {full} | {short} tokens"
 
 
 def _ratio(full: float, compressed: float) -> str:
