@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from cacovid_kernels.errors import refusing
+from cacovid_kernels.errors import UserError, refusing
 from cacovid_kernels.integrations.transformers.registry import adapter_of
 from cacovid_kernels.integrations.transformers.tiles import TiledAdapter
 from cacovid_kernels.video_models.base import loading
@@ -28,6 +28,9 @@ class ProcessedModel:
 
     def inputs(self, frames: np.ndarray, question: str, timestamps: Sequence[float] | None = None) -> dict[str, Any]:
         """As `VideoModel.inputs`; without times the frames are taken to be a second apart."""
+        for mark in (getattr(self.processor, name, None) for name in ("image_token", "video_token")):
+            if mark and mark in question:
+                raise UserError(f"question: it must not contain {mark}. Leave the placeholder out.")
         times = [float(i) for i in range(len(frames))] if timestamps is None else timestamps
         content = [{"type": "video", "video": frames}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
