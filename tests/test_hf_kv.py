@@ -219,7 +219,8 @@ def test_no_trace_is_left(family):
         model.generate(**batch.inputs, max_new_tokens=2)
         with pytest.raises(KeyError, match="step"):
             model.generate(**batch.inputs, max_new_tokens=2, logits_processor=[fails])
-        assert {key: value for key, value in state_of(model).items() if key != ("", "generate")} == before
+        within = {key: value for key, value in state_of(model).items() if before.get(key) != value}
+        assert all(name == "generate" or "hooks" in name for _, name in within)
     assert state_of(model) == before
 
 

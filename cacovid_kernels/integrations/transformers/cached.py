@@ -24,14 +24,14 @@ Choice = Callable[[Tensor | None], tuple[Tensor, tuple[int, ...]]]
 
 
 class CacheCompaction:
-    """Hooks for the calls of one `generate`: the first reads the whole prompt, the others see what was left of it.
+    """The calls of one `generate`: the first reads the whole prompt, the others see what was left of it.
 
     Args:
         prompt: the prompts.
         whole: the same as they are run, with all their video tokens but without columns that are padding in every row.
         choice: says what stays.
         attention: attention of the last layer where its queries score, else None.
-        cache: empty, of this `generate` alone, which tells its calls from those of other threads.
+        cache: empty, of this `generate` alone.
 
     Attributes:
         inputs: `attention_mask [B, K]` and `position_ids [..., B, K]` of what the cache holds of the prompts.
@@ -49,41 +49,26 @@ class CacheCompaction:
         self._row, self._column = prompt.tokens // full, prompt.tokens % full - (full - length)
         self._query: Any = None  # [B * copies, H, R, D], once the prompt was read
 
-    @contextmanager
-    def hooks(self, model: Any) -> Iterator[None]:
-        """On the model for the length of a with block."""
-        handles = [
-            model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, with_kwargs=True),
-        ]
-        if self._attention is not None:
-            handles.append(self._attention.register_forward_pre_hook(self.look, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def before(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Forward pre-hook of the model."""
-        cache = named.get("past_key_values")
-        if cache is self._cache and self.inputs is not None:
-            kept = self.inputs["attention_mask"]
-            if named.get("attention_mask") is not None or len(set(self._lengths)) > 1:
-                fed = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-                new = int(cache.get_seq_length()) - kept.shape[1] + fed.shape[1]
-                kept = kept.repeat_interleave(len(fed) // len(kept), 0)
-                named = {**named, "attention_mask": torch.cat([kept, kept.new_ones(len(kept), new)], 1)}
-        return arguments, named
+    def before(self, named: dict[str, Any]) -> dict[str, Any]:
+        """What a call of the model is to get."""
+        if self.inputs is None:
+            return named
+        kept = self.inputs["attention_mask"]
+        if named.get("attention_mask") is not None or len(set(self._lengths)) > 1:
+            fed = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+            new = int(self._cache.get_seq_length()) - kept.shape[1] + fed.shape[1]
+            kept = kept.repeat_interleave(len(fed) // len(kept), 0)
+            named = {**named, "attention_mask": torch.cat([kept, kept.new_ones(len(kept), new)], 1)}
+        return named
 
     def look(self, attention: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Forward pre-hook of the last layer's attention."""
-        if self._query is None and named["past_key_values"] is self._cache:
+        """Before a call of the last layer's attention."""
+        if self._query is None:
             self._query = query_rows(attention, arguments, named, min(_WINDOW, self._mask.shape[1]))
 
-    def after(self, _: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
-        """Forward hook of the model."""
-        if self.inputs is None and named.get("past_key_values") is self._cache:
+    def after(self) -> None:
+        """Behind a call of the model."""
+        if self.inputs is None:
             self._drop()
 
     def _drop(self) -> None:
@@ -125,6 +110,40 @@ class CacheCompaction:
             scale=self._attention.scaling,
         )
         return scores[self._row, self._column]
+
+
+@contextmanager
+def hooked(model: Any, attention: Any) -> Iterator[dict[int, CacheCompaction]]:
+    """Hooks on a model, and on its last layer's attention if given, for the length of a with block.
+
+    They serve the compactions that are put into what this yields, by the `id` of their caches, which tell calls of one
+    `generate` from those of other threads. Registered once: while a thread runs, no other may change hooks.
+    """
+    running: dict[int, CacheCompaction] = {}
+
+    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        found = running.get(id(named.get("past_key_values")))
+        return None if found is None else (arguments, found.before(named))
+
+    def look(attention: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if found := running.get(id(named.get("past_key_values"))):
+            found.look(attention, arguments, named)
+
+    def after(_: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        if found := running.get(id(named.get("past_key_values"))):
+            found.after()
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    if attention is not None:
+        handles.append(attention.register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def own_cache(settings: Any) -> Any:

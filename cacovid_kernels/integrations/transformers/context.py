@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from cacovid_kernels.integrations.transformers.adapter import VISION_INPUTS
-from cacovid_kernels.integrations.transformers.cached import CacheCompaction, own_cache
+from cacovid_kernels.integrations.transformers.cached import CacheCompaction, hooked, own_cache
 from cacovid_kernels.integrations.transformers.prompt import all_tokens, read
 from cacovid_kernels.integrations.transformers.prune import arguments, compact
 from cacovid_kernels.integrations.transformers.registry import adapter_of, unwrapped
@@ -115,6 +115,7 @@ def compress(
             where = "was copied in the block of another compress. Give it its own: del model.generate"
         raise ValueError(f"{_OP}: this model {where}.")
     original, state = model.generate, Compression()
+    attention = adapter.last_attention(inner) if selector is None else None
 
     @functools.wraps(original)
     def generate(inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -149,13 +150,15 @@ def compress(
             out = original(None, generation_config, **named)
         else:
             cache = own_cache(settings)
-            attention = adapter.last_attention(inner) if selector is None else None
             cached = CacheCompaction(
                 prompt, compacted, choice if selector is None else lambda _: chosen, attention, cache
             )
-            with cached.hooks(inner):
+            running[id(cache)] = cached
+            try:
                 own_one = {"past_key_values": cache, "cache_implementation": None}
                 out = original(None, generation_config, **{**named, **own_one})
+            finally:
+                del running[id(cache)]
             if cached.inputs is None:
                 raise RuntimeError(
                     f"{_OP}: stage='kv' saw no call of {type(inner).__name__}, so nothing was dropped: its generate "
@@ -171,8 +174,10 @@ def compress(
     generate.compression = state  # type: ignore[attr-defined]
     own = vars(model).get("generate")
     model.generate = generate
+    hooks: AbstractContextManager[Any] = hooked(inner, attention) if stage == "kv" else nullcontext()
     try:
-        yield state
+        with hooks as running:
+            yield state
     finally:
         state.active = False
         if own is None:
