@@ -95,7 +95,21 @@ class LlavaOneVision:
 
 
 def tiny_model(geometry: TinyGeometry = TinyGeometry(), seed: int = 0) -> LlavaOneVision:
-    """Build a random LLaVA-OneVision model and a byte-level tokenizer, without any download."""
+    """Build a random LLaVA-OneVision model and a byte-level tokenizer, without any download.
+
+    Args:
+        geometry: its sizes.
+        seed: of the weights.
+
+    Returns:
+        The model in evaluation mode, float32, on the CPU.
+
+    Example:
+        >>> from cacovid_kernels.video_models import TinyGeometry, tiny_model
+        >>> small = TinyGeometry(image_size=56, vision_width=16, vision_layers=1, width=32, layers=1)
+        >>> tiny_model(small).grid(num_frames=4)
+        (4, 2, 2)
+    """
     tokenizer = _byte_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = transformers.LlavaOnevisionConfig(
